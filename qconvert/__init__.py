@@ -1,0 +1,1 @@
+"""qconvert turns full-precision checkpoints into quantized ones, and proves them."""

@@ -1,0 +1,172 @@
+"""The on-disk contracts of formats/, read as data.
+
+`formats/<name>/tensors.json` says, for each variant of a format, which tensors one linear layer
+becomes: local name, dtype, shape formula, constant value. The planner computes sizes from it, the
+writer and the validator check against it, and FORMAT.md's tables are generated from it, so the
+four cannot drift apart.
+
+Formulas are Python expressions over the layer's and the method's numbers (`out_features`,
+`in_features`, `group_size`, …). They are evaluated by a walker that knows integers, names,
+arithmetic, comparisons and conditionals, and nothing else: a contract folder may come from a
+third party, and data must not become code.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from qconvert.errors import UsageError
+from qconvert.types import TensorSpec
+
+Value = int | float | str | bool | None
+Env = Mapping[str, Value]
+
+_OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv, ast.Div: operator.truediv, ast.Mod: operator.mod,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
+    ast.Gt: operator.gt, ast.GtE: operator.ge,
+}  # fmt: skip
+
+
+def evaluate(formula: str, env: Env) -> Any:
+    """The value of a contract formula, such as `-(-out_features * in_features // blocksize)`."""
+    return _walk(_parse(formula), env, formula)
+
+
+@cache
+def _parse(formula: str) -> ast.expr:
+    return ast.parse(formula, mode="eval").body
+
+
+def _walk(node: ast.expr, env: Env, formula: str) -> Any:
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str() | None):
+            return node.value
+        case ast.Name(id=name) if name in env:
+            return env[name]
+        case ast.Name(id=name):
+            raise ValueError(f"unknown name {name!r} in contract formula {formula!r}")
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_walk(operand, env, formula)
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _walk(operand, env, formula)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_walk(left, env, formula), _walk(right, env, formula))
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_walk(left, env, formula), _walk(right, env, formula))
+        case ast.BoolOp(op=ast.And(), values=values):
+            return all(_walk(value, env, formula) for value in values)
+        case ast.BoolOp(op=ast.Or(), values=values):
+            return any(_walk(value, env, formula) for value in values)
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            return _walk(body if _walk(test, env, formula) else orelse, env, formula)
+    raise ValueError(f"not allowed in a contract formula: {ast.dump(node)} in {formula!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """One tensor of a variant, as tensors.json states it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    meaning: str
+    when: str = "True"
+    value: Any = None
+    """A constant: number, or text stored as its UTF-8 bytes; None if it depends on the weight."""
+
+    def spec(self, env: Env) -> TensorSpec:
+        dtype = str(env.get(self.dtype, self.dtype))  # a dtype may be a name of the environment
+        shape = tuple(d if isinstance(d, int) else int(evaluate(d, env)) for d in self.shape)
+        return TensorSpec(self.name.format_map(env), dtype, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Bounds of the relative error ‖w-ŵ‖/‖w‖: of a whole tensor, and of its worst group."""
+
+    low: float
+    high: float
+    group_high: float
+
+
+class Contract:
+    """formats/<name>: what its loaders read."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        self.name = name
+        self.root = root
+        self.data: dict[str, Any] = json.loads((root / "tensors.json").read_text("utf-8"))
+
+    @property
+    def variants(self) -> Mapping[str, Any]:
+        variants: Mapping[str, Any] = self.data["variants"]
+        return variants
+
+    @cached_property
+    def schema(self) -> dict[str, Any]:
+        """JSON Schema (2020-12) of `quantization_config`."""
+        text = (self.root / "quantization_config.schema.json").read_text("utf-8")
+        schema: dict[str, Any] = json.loads(text)
+        return schema
+
+    def rules(self, variant: str, env: Env) -> Iterator[TensorRule]:
+        """The tensors of a variant that exist under these options."""
+        for rule in self.variants[variant]["tensors"]:
+            parsed = TensorRule(**{**rule, "shape": tuple(rule["shape"])})
+            if evaluate(parsed.when, env):
+                yield parsed
+
+    def specs(self, variant: str, env: Env) -> tuple[TensorSpec, ...]:
+        """Local names, dtypes and shapes of what one layer becomes.
+
+        `env` holds out_features, in_features and the method's numbers (the variant's
+        "parameters" lists which).
+        """
+        return tuple(rule.spec(env) for rule in self.rules(variant, env))
+
+    def refusal(self, variant: str, env: Env) -> str | None:
+        """Why a layer of this shape cannot be stored, or None."""
+        for rule in self.variants[variant].get("requires", ()):
+            if not evaluate(rule["expr"], env):
+                reason: str = rule["reason"].format_map(env)
+                return reason
+        return None
+
+    def band(self, variant: str, env: Env) -> Band:
+        """The error expected of this variant under these options."""
+        for row in self.variants[variant]["error"]:
+            if evaluate(row.get("when", "True"), env):
+                return Band(row["low"], row["high"], row["group_high"])
+        raise ValueError(f"formats/{self.name}: no error band for {variant} with {dict(env)}")
+
+
+def formats_root() -> Path:
+    """The formats folder: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    for candidate in (package / "formats", package.parent / "formats"):
+        if (candidate / "README.md").is_file():
+            return candidate
+    raise FileNotFoundError("the formats folder is missing from this installation")
+
+
+def names() -> list[str]:
+    """Every built-in format, sorted."""
+    return sorted(p.parent.name for p in formats_root().glob("*/tensors.json"))
+
+
+@cache
+def load(name: str) -> Contract:
+    """The contract of a format; raises UsageError for an unknown name."""
+    root = formats_root() / name
+    if not (root / "tensors.json").is_file():
+        raise UsageError(f"unknown format {name!r}", hint="qconvert formats")
+    return Contract(name, root)

@@ -1,0 +1,352 @@
+"""The values that travel along the straight line, and the two protocols a format is made of.
+
+A *method* is the maths: blocks of floating-point weights to codes, scales and zeros, and back.
+A *container* is what lies on disk: tensor names, dtypes, shapes, packing, `quantization_config`.
+They meet in a `Tile`, the unit of work: which elements of the source tensor to read, and which
+bytes of the output tensors its result fills. Tiles are a pure function of a tensor's shape and
+the options, so that any worker can do any tile in any order and the bytes stay the same.
+
+Arrays are numpy arrays. numpy has no bfloat16: BF16 data is kept as its bit pattern in uint16,
+and the safetensors dtype name ("BF16") travels beside it (see `arrays.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import prod
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from numpy.typing import NDArray
+
+JSON = dict[str, Any]
+Array = NDArray[Any]
+Parts = Mapping[str, Array]
+"""Local tensor name ("weight", "SCB", "W_q") → array, or uint8 bytes of it."""
+
+ITEMSIZE: Mapping[str, int] = {
+    "F64": 8, "I64": 8, "U64": 8, "C64": 8,
+    "F32": 4, "I32": 4, "U32": 4,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+FLOAT_DTYPES = ("F16", "BF16", "F32")
+"""What a method can quantize."""
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a safetensors file; `start` and `end` are byte offsets in the *file*."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """A weight file of the source: `identity` is what must not change while it is read."""
+
+    name: str
+    size: int
+    header_sha256: str
+    identity: tuple[int, int, int]
+    """(st_size, st_mtime_ns, st_ino)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A source model, headers only. Weights are read later, by offset."""
+
+    root: Path
+    name: str
+    """What the user typed, as a short name: "Llama-2-7b", "demo"."""
+    repo_id: str | None
+    revision: str | None
+    """40-hex commit of a Hub repository; None for a folder."""
+    config: JSON
+    files: Mapping[str, FileInfo]
+    tensors: Mapping[str, TensorInfo]
+    """In (file, offset) order."""
+    side_files: tuple[str, ...]
+    """Tokenizer, chat template, generation config, licences: copied byte for byte."""
+    warnings: tuple[str, ...] = ()
+
+
+# ── the model's structure ────────────────────────────────────────────────────────────────────
+
+
+class Kind(StrEnum):
+    """What a weight tensor is to the model class; only LINEAR and CONV1D can be quantized."""
+
+    LINEAR = "linear"
+    CONV1D = "conv1d"  # GPT-2's transposed linear: the weight is [in_features, out_features]
+    HEAD = "output head"
+    EMBEDDING = "embedding"
+    ROUTER = "router"
+    EXPERTS = "fused experts"
+    OTHER = "not a linear layer"
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What one tensor on disk is in the model: its module's path in memory and its kind."""
+
+    module: str
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """Every tensor of a checkpoint, seen from the model class of `transformers`.
+
+    `roles` is keyed by the name on disk. `modules` maps the path in memory of every nn.Linear
+    (and Conv1D) to its name on disk without ".weight" — or to None where the checkpoint has no
+    tensor of its own for it (a tied head). `tied` lists disk names whose storage is another's.
+    """
+
+    architecture: str
+    roles: Mapping[str, Role]
+    modules: Mapping[str, str | None]
+    tied: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A linear layer that is a candidate for quantization."""
+
+    name: str
+    """Name on disk, without ".weight"."""
+    module: str
+    """Path in the model in memory."""
+    tensor: TensorInfo
+    out_features: int
+    in_features: int
+    transposed: bool = False
+    """The source is [in_features, out_features] (Conv1D); codes are always [out, in]."""
+    has_bias: bool = False
+
+
+# ── the plan ─────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor to be written. In a container's hands `name` is local; in a plan it is global."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """`nbytes` bytes of the local tensor `part`, from byte `offset` of that tensor on."""
+
+    part: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One unit of work.
+
+    `reads` are half-open ranges of elements of the flattened source tensor; the worker
+    concatenates them and reshapes them to `shape`, the block that `Method.quantize` receives
+    (after transposing it where `transposed`: then `shape` is the shape before). The arrays that
+    `Container.encode` returns are cut, flattened, into the `writes` of the same part, in order;
+    a part without a write is kept and handed, concatenated over all tiles, to `finish`.
+    """
+
+    index: int
+    reads: tuple[tuple[int, int], ...]
+    shape: tuple[int, int]
+    writes: tuple[Write, ...]
+    transposed: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+class Method(Protocol):
+    """The maths, with its options; a frozen dataclass, one per layer (options may differ)."""
+
+    name: ClassVar[str]
+    bits: int
+
+    def check(self, layer: Layer) -> str | None:
+        """Why this layer cannot be quantized with these options, or None."""
+        ...
+
+    def quantize(self, block: Array, dtype: str) -> Parts:
+        """Codes and their scales for one block, shaped as the tile says.
+
+        `block` holds the source's own bits (uint16 for BF16). Raises NonFinite on NaN or Inf,
+        also on those that a cast would make.
+        """
+        ...
+
+    def options(self) -> JSON:
+        """Everything that changes the result; part of the fingerprint and the manifest."""
+        ...
+
+
+class Container(Protocol):
+    """What lies on disk; a folder in formats/. Stateless: a module-level singleton."""
+
+    name: ClassVar[str]
+
+    def variant(self, method: Any) -> str:
+        """The key of formats/<name>/tensors.json that describes what `method` writes."""
+        ...
+
+    def tiles(self, layer: Layer, method: Any, max_elements: int) -> Iterator[Tile]:
+        """Cuts a layer into tiles of about `max_elements` elements, deterministically."""
+        ...
+
+    def encode(self, codes: Parts, method: Any) -> Parts:
+        """Packs one tile's codes to on-disk arrays by local name."""
+        ...
+
+    def finish(self, layer: Layer, method: Any, kept: Parts) -> Parts:
+        """The parts that need the whole tensor, and the constant ones."""
+        ...
+
+    def state(self, parts: Parts, layer: Layer, method: Any) -> Parts:
+        """What `decode` needs beside the tile's own bytes, from the parts no tile writes."""
+        ...
+
+    def decode(self, tile: Tile, parts: Parts, state: Parts, method: Any) -> Array:
+        """float32 weights of one tile, shaped as its `quantize` block was."""
+        ...
+
+    def quantization_config(self, plan: Plan) -> JSON:
+        """The `quantization_config` of config.json, skip list included."""
+        ...
+
+
+class Action(StrEnum):
+    QUANTIZE = "quantize"
+    COPY = "copy"
+    DROP = "drop"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanEntry:
+    """What becomes of one source tensor, and why."""
+
+    tensor: TensorInfo
+    action: Action
+    reason: str
+    outputs: tuple[TensorSpec, ...]
+    """Global names. For a copy: the tensor itself, in the checkpoint's announced dtype."""
+    layer: Layer | None = None
+    method: Any = None
+    """The Method of a QUANTIZE entry (overrides give layers different options)."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """An output file: its header, and where in the file each tensor lies."""
+
+    name: str
+    header: bytes
+    size: int
+    offsets: Mapping[str, int]
+    """Tensor name → byte offset in the file."""
+    entries: tuple[int, ...]
+    """Indices into `Plan.entries`: what must be poured before the shard can be sealed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole output, known before a weight is read."""
+
+    checkpoint: Checkpoint
+    structure: Structure
+    method: Any
+    container: Any
+    entries: tuple[PlanEntry, ...]
+    shards: tuple[Shard, ...]
+    skip_modules: tuple[str, ...]
+    """Paths in memory of every linear layer that stays in full precision."""
+    generated: Mapping[str, bytes]
+    """config.json and the index: bytes known in advance."""
+    copied: Mapping[str, int]
+    """Side files and their sizes."""
+    peak_bytes: int
+    disk_bytes: int
+    bits_per_weight: float
+    """Bytes × 8 of the quantized layers over their number of weights."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of every file that is predicted to the byte."""
+        return (
+            sum(shard.size for shard in self.shards)
+            + sum(len(data) for data in self.generated.values())
+            + sum(self.copied.values())
+        )
+
+    def quantized(self) -> Iterator[PlanEntry]:
+        return (e for e in self.entries if e.action is Action.QUANTIZE)
+
+
+# ── proving ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Verdict(StrEnum):
+    VERIFIED = "verified"  # contract, numeric and reload passed
+    CHECKED = "checked"  # contract and numeric passed; a reload is impossible here
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of one validation level; `data` holds the figures that the card quotes."""
+
+    level: str
+    checks: Sequence[Check]
+    data: JSON = field(default_factory=dict)
+    skipped: str = ""
+    """Why the level could not run; then `checks` is empty."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.skipped and all(check.passed for check in self.checks)
