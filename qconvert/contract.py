@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qconvert.errors import UsageError
-from qconvert.types import TensorSpec
+from qconvert.types import Layer, Method, TensorSpec
 
 Value = int | float | str | bool | None
 Env = Mapping[str, Value]
@@ -147,6 +147,16 @@ class Contract:
             if evaluate(row.get("when", "True"), env):
                 return Band(row["low"], row["high"], row["group_high"])
         raise ValueError(f"formats/{self.name}: no error band for {variant} with {dict(env)}")
+
+
+def environment(layer: Layer, method: Method) -> Env:
+    """The names that a contract's formulas may use: the layer's shape and the method's options."""
+    return {
+        "out_features": layer.out_features,
+        "in_features": layer.in_features,
+        "transposed": layer.transposed,
+        **method.options(),
+    }
 
 
 def formats_root() -> Path:

@@ -32,8 +32,15 @@ ITEMSIZE: Mapping[str, int] = {
     "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-FLOAT_DTYPES = ("F16", "BF16", "F32")
+TORCH_NAMES: Mapping[str, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+FLOAT_DTYPES = tuple(TORCH_NAMES)
 """What a method can quantize."""
+
+
+def dtype_from_torch(name: object) -> str | None:
+    """"BF16" of "bfloat16" or "torch.bfloat16"; None for any other name."""
+    plain = str(name).removeprefix("torch.")
+    return next((dtype for dtype, torch in TORCH_NAMES.items() if torch == plain), None)
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────
@@ -209,7 +216,10 @@ class Method(Protocol):
         ...
 
     def options(self) -> JSON:
-        """Everything that changes the result; part of the fingerprint and the manifest."""
+        """Everything that changes the result, `bits` included, as plain JSON values.
+
+        Part of the fingerprint and the manifest; a contract's formulas use the same names.
+        """
         ...
 
 
@@ -302,8 +312,10 @@ class Plan:
     """Side files and their sizes."""
     peak_bytes: int
     disk_bytes: int
-    bits_per_weight: float
-    """Bytes × 8 of the quantized layers over their number of weights."""
+    dtype: str
+    """The dtype that config.json announces, of everything left in full precision."""
+    fingerprint: str
+    """sha256 of the source's identity, the result-changing options and the versions."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -317,6 +329,18 @@ class Plan:
 
     def quantized(self) -> Iterator[PlanEntry]:
         return (e for e in self.entries if e.action is Action.QUANTIZE)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Effective bits: every stored byte of the model × 8 over its parameters in the source."""
+        written = [e for e in self.entries if e.action is not Action.DROP]
+        return 8 * sum(e.nbytes for e in written) / max(1, sum(e.tensor.numel for e in written))
+
+    @property
+    def layer_bits_per_weight(self) -> float:
+        """The same over the quantized layers alone, scales and zeros included."""
+        layers = list(self.quantized())
+        return 8 * sum(e.nbytes for e in layers) / max(1, sum(e.tensor.numel for e in layers))
 
 
 # ── proving ──────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,5 @@
+"""`python -m qconvert` is `qconvert`."""
+
+from qconvert.cli import main
+
+main()

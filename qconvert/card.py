@@ -1,0 +1,169 @@
+"""The model card: facts only, all of them from the manifest.
+
+A card is read by people who decide whether to trust a checkpoint, so nothing in it is a claim:
+sizes are measured, figures come from the validation reports, what stayed in full precision is
+listed. The source's own card is foreign data. Of its front matter five keys are carried over
+(licence, its name and link, language, pipeline tag), as plain one-line strings; of its body
+nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import yaml
+
+from qconvert import contract
+from qconvert.errors import printable
+from qconvert.types import JSON, TORCH_NAMES, Checkpoint
+
+NAME = "README.md"
+_MAX_FRONT_MATTER = 65_536
+_CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_HEAD = re.compile(rb"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
+
+
+def render(manifest: JSON, checkpoint: Checkpoint) -> bytes:
+    """README.md of a result, front matter and body, as UTF-8."""
+    sections = [
+        _title(manifest),
+        _memory(manifest),
+        _quality(manifest),
+        _usage(manifest),
+        _kept(manifest),
+        _provenance(manifest),
+    ]
+    front = yaml.safe_dump(_front_matter(manifest, checkpoint), sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n{'\n\n'.join(sections)}\n".encode()
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, as the Hub shows them: 11.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def _front_matter(manifest: JSON, checkpoint: Checkpoint) -> JSON:
+    source, method = manifest["source"], manifest["method"]
+    return {
+        "base_model": source["repo_id"] or source["name"],
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        **_carried(checkpoint),
+        "quantized_by": "qconvert",
+        "tags": ["qconvert", manifest["container"], method["verb"], f"{method['bits']}-bit"],
+    }
+
+
+def _carried(checkpoint: Checkpoint) -> JSON:
+    """The allowed keys of the source's front matter, each a plain string or a list of them."""
+    try:
+        found = _HEAD.match((checkpoint.root / NAME).read_bytes()[:_MAX_FRONT_MATTER])
+        data = yaml.safe_load(found[1]) if found else None
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    if not isinstance(data, dict):
+        return {}
+    kept: JSON = {}
+    for key in _CARRIED:
+        value = data.get(key)
+        if isinstance(value, str):
+            kept[key] = printable(value)
+        elif key == "language" and isinstance(value, list):
+            kept[key] = [printable(v) for v in value[:50] if isinstance(v, str)]
+    return kept
+
+
+def _title(manifest: JSON) -> str:
+    source, method, plan = manifest["source"], manifest["method"], manifest["plan"]
+    name = _code(source["repo_id"] or source["name"])
+    options = ", ".join(
+        f"{key.replace('_', ' ')} {value}" for key, value in method.items() if key not in ("verb", "bits")
+    )
+    verdict = manifest["validation"]["verdict"] or "not validated"
+    return (
+        f"# {printable(source['name'])}, {method['verb'].upper()} {method['bits']}-bit\n\n"
+        f"{name} quantized with {method['verb']} at {method['bits']} bits"
+        + (f" ({options})" if options else "")
+        + f": **{plan['bits_per_weight']:.2f} effective bits per weight** over the whole model, "
+        f"{plan['layer_bits_per_weight']:.2f} over its quantized layers. "
+        f"Validation: **{verdict}**."
+    )
+
+
+def _memory(manifest: JSON) -> str:
+    before, after = manifest["source"]["bytes"], manifest["plan"]["total_bytes"]
+    saved = 100 * (1 - after / before)
+    return (
+        "## Memory\n\n| | bytes | |\n|---|---|---|\n"
+        f"| source weights | {before:,} | {human_bytes(before)} |\n"
+        f"| this repository | {after:,} | {human_bytes(after)} |\n"
+        f"| saved | {before - after:,} | {saved:.1f} % |"
+    )
+
+
+def _quality(manifest: JSON) -> str:
+    lines = ["## Validation"]
+    for report in manifest["validation"]["reports"]:
+        state = "passed" if report["checks"] and all(c["passed"] for c in report["checks"]) else ""
+        outcome = f"not run: {report['skipped']}" if report["skipped"] else state or "failed"
+        lines.append(f"- {report['level']}: {outcome}")
+        lines += [f"  - {label}: {value}" for label, value in _figures(report["data"])]
+    if len(lines) == 1:
+        lines.append("This checkpoint was not validated.")
+    text = "\n".join([lines[0], "", *lines[1:]])
+    for report in manifest["validation"]["reports"]:
+        for who, sample in report["data"].get("samples", {}).items():
+            text += f"\n\n{who}:\n\n{_quoted(sample)}"
+    return text
+
+
+def _figures(data: JSON) -> list[tuple[str, str]]:
+    """The single numbers and strings of a report, for people."""
+    return [
+        (key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else printable(value))
+        for key, value in data.items()
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    ]
+
+
+def _usage(manifest: JSON) -> str:
+    template = (contract.load(manifest["container"]).root / "USAGE.md").read_text("utf-8")
+    text = template.replace("{path}", "path/or/id of this repository")
+    text = text.replace("{dtype}", TORCH_NAMES[manifest["plan"]["dtype"]])
+    return f"## Use\n\n{text.strip()}"
+
+
+def _kept(manifest: JSON) -> str:
+    kept: Counter[str] = Counter(manifest["plan"]["kept"].values())
+    layers = len(manifest["plan"]["layers"])
+    rows = "\n".join(f"| {printable(reason)} | {count} |" for reason, count in kept.most_common())
+    return (
+        f"## Precision\n\n{layers} linear layers are quantized. In full precision "
+        f"({manifest['plan']['dtype']}):\n\n| why | tensors |\n|---|---|\n{rows}"
+    )
+
+
+def _provenance(manifest: JSON) -> str:
+    source = manifest["source"]
+    revision = source["revision"] or "a local folder"
+    versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
+    return (
+        f"## Provenance\n\n- source: {_code(source['repo_id'] or source['name'])} at {revision}\n"
+        f"- made with: {versions}\n"
+        f"- hashes of every file: `qconvert-manifest.json`"
+    )
+
+
+def _code(text: Any) -> str:
+    return f"`{printable(text).replace('`', chr(39))}`"
+
+
+def _quoted(text: str) -> str:
+    """A model's words as an indented block, where neither HTML nor markdown is interpreted."""
+    return "\n".join(f"    {printable(line)}" for line in text.splitlines() if line.strip())

@@ -1,0 +1,173 @@
+"""One verb for each method, and `plan`, which is every one of them with --dry-run.
+
+Typer reads a command's signature. The common options are the same for all methods, so the
+signatures are put together here from two lists, and a new method adds only its own options.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from qconvert import registry
+from qconvert.cli import options as opt
+from qconvert.errors import UsageError
+from qconvert.types import TORCH_NAMES, dtype_from_torch
+
+_Bits = Annotated[int, typer.Option(help="8, 6, 5, 4, 3, 2 or 1.", show_default=False)]
+_BnbBits = Annotated[int, typer.Option(help="8 (LLM.int8) or 4 (NF4).", show_default=False)]
+_GroupSize = Annotated[int, typer.Option(help="Weights that share scale and zero.")]
+_Axis = Annotated[int, typer.Option(help="1: groups along in_features; 0: across the weight.")]
+_Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--override",
+        help="Other options for some layers: 'down_proj=bits:4,group_size:64'. Repeatable.",
+        metavar="REGEX=…",
+    ),
+]
+_DoubleQuant = Annotated[
+    bool, typer.Option("--double-quant/--no-double-quant", help="Quantize absmax too.")
+]
+_Blocksize = Annotated[int, typer.Option(help="Weights that share one absmax.")]
+_ComputeDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="bfloat16, float16 or float32: what the loader computes in.",
+        show_default="the source's",
+    ),
+]
+
+Parameters = Sequence[tuple[str, Any, Any]]
+"""(name, annotation, default) of a command's options; `...` where one is required."""
+
+_BNB_4BIT: Parameters = [
+    ("double_quant", _DoubleQuant, True),
+    ("blocksize", _Blocksize, 64),
+    ("compute_dtype", _ComputeDtype, None),
+]
+_OWN: dict[str, Parameters] = {
+    "nf4": _BNB_4BIT,
+    "fp4": _BNB_4BIT,
+    "hqq": [
+        ("bits", _Bits, ...),
+        ("group_size", _GroupSize, 64),
+        ("axis", _Axis, 1),
+        ("override", _Override, None),
+    ],
+}
+_PLANNING: Parameters = [
+    ("output", opt.Output, None),
+    ("revision", opt.Revision, None),
+    ("skip", opt.Skip, None),
+    ("max_shard_size", opt.MaxShardSize, "5GB"),
+    ("device", opt.Device, "auto"),
+    ("threads", opt.Threads, None),
+    ("json", opt.Json, False),
+    ("quiet", opt.Quiet, False),
+]
+_POURING: Parameters = [
+    ("dry_run", opt.DryRun, False),
+    ("no_validate", opt.NoValidate, False),
+    ("overwrite", opt.Overwrite, False),
+    ("restart", opt.Restart, False),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the methods' verbs, `bnb` and `plan` to the application."""
+    planning = typer.Typer(help="Print what a conversion would write, to the byte; write nothing.")
+    for method in registry.METHODS:
+        own = _OWN.get(method.verb, [])
+        _add(app, method.verb, method.summary, [*own, *_PLANNING, *_POURING])
+        _add(planning, method.verb, method.summary, [*own, *_PLANNING], dry_run=True)
+    for target, more in ((app, _POURING), (planning, [])):
+        _add(
+            target,
+            "bnb",
+            "bitsandbytes: --bits 8 is int8, --bits 4 is nf4",
+            [("bits", _BnbBits, ...), *_BNB_4BIT, *_PLANNING, *more],
+            dry_run=target is planning,
+        )
+    app.add_typer(planning, name="plan", no_args_is_help=True)
+
+
+def _add(
+    target: typer.Typer, verb: str, summary: str, parameters: Parameters, *, dry_run: bool = False
+) -> None:
+    def command(**given: Any) -> None:
+        given["dry_run"] = given.get("dry_run", False) or dry_run
+        run(verb, given)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter("model", keyword, annotation=opt.Model),
+            *(
+                inspect.Parameter(
+                    name,
+                    keyword,
+                    annotation=annotation,
+                    default=inspect.Parameter.empty if default is ... else default,
+                )
+                for name, annotation, default in parameters
+            ),
+        ]
+    )
+    target.command(verb, help=f"{summary[0].upper()}{summary[1:]}.")(command)
+
+
+def run(verb: str, given: dict[str, Any]) -> None:
+    """Converts (or plans) as the options say, and prints the outcome."""
+    from qconvert import convert
+    from qconvert.cli import show
+    from qconvert.cli.progress import progress_bar
+
+    verb, method_options = _method_options(verb, given)
+    request = convert.Request(
+        model=given["model"],
+        method=verb,
+        options=method_options,
+        output=given["output"],
+        revision=given["revision"],
+        skip=given["skip"],
+        overrides=given.get("override") or (),
+        max_shard_bytes=opt.parse_size(given["max_shard_size"]),
+        threads=given["threads"],
+        device=given["device"],
+        validate=not given.get("no_validate", False),
+        overwrite=given.get("overwrite", False),
+        restart=given.get("restart", False),
+    )
+    screen = show.Screen(json=given["json"], quiet=given["quiet"])
+    if given["dry_run"]:
+        screen.plan(convert.plan(request), request)
+        return
+    with progress_bar(enabled=screen.talks) as progress:
+        result = convert.convert(request, progress=progress, on_plan=screen.announce)
+    screen.result(result)
+
+
+def _method_options(verb: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The method's name and the options that are its own."""
+    own = {name for name, _, _ in _OWN.get(verb, _BNB_4BIT if verb == "bnb" else [])}
+    chosen = {name: given[name] for name in own if name in given and name != "override"}
+    if verb == "bnb":
+        if given["bits"] not in (4, 8):
+            raise UsageError(
+                f"bitsandbytes has 8 and 4 bits, not {given['bits']}",
+                hint=f"qconvert hqq {given['model']} --bits {given['bits']}",
+            )
+        verb = "int8" if given["bits"] == 8 else "nf4"
+        chosen = chosen if verb == "nf4" else {}
+    if name := chosen.get("compute_dtype"):
+        chosen["compute_dtype"] = dtype_from_torch(name)
+        if chosen["compute_dtype"] is None:
+            raise UsageError(
+                f"--compute-dtype {name!r}: expected one of {', '.join(TORCH_NAMES.values())}",
+                hint="--compute-dtype bfloat16",
+            )
+    return verb, chosen

@@ -1,0 +1,238 @@
+"""What conversions and plans look like: tables for people on stderr or stdout, JSON for machines.
+
+Data goes to stdout, talk to stderr. With --json, stdout holds one JSON document and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qconvert import contract
+from qconvert.card import human_bytes
+from qconvert.errors import printable
+from qconvert.types import JSON, Action, Plan, Report, Verdict
+
+if TYPE_CHECKING:
+    from qconvert.convert import Request, Result
+
+_LISTED = 12
+
+
+def table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """An empty table in the house style."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+
+
+class Screen:
+    """Prints plans and results as --json and --quiet ask for."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self._json = json
+        self.talks = not (json or quiet)
+        self._out = Console()
+        self._err = Console(stderr=True)
+
+    def announce(self, plan: Plan) -> None:
+        """One line before the work begins, and every warning of the plan."""
+        if not self.talks:
+            return
+        layers = sum(1 for _ in plan.quantized())
+        self._err.print(
+            f"[bold]{escape(printable(plan.checkpoint.name))}[/]: {layers} layers to "
+            f"{plan.layer_bits_per_weight:.2f} bits, "
+            f"{human_bytes(_source_bytes(plan))} → {human_bytes(plan.total_bytes)}, "
+            f"peak memory ≤ {human_bytes(plan.peak_bytes)}"
+        )
+        self._warn(plan)
+
+    def plan(self, plan: Plan, request: Request) -> None:
+        """The whole plan: the outcome of --dry-run."""
+        if self._json:
+            print_json(plan_json(plan))
+            return
+        out = self._out
+        summary = table("", "")
+        summary.show_header = False
+        for label, value in _summary(plan, request):
+            summary.add_row(label, value)
+        out.print(summary)
+        files = table("file", "bytes", right=["bytes"])
+        for name, size in plan_files(plan).items():
+            files.add_row(escape(printable(name)), f"{size:,}")
+        files.add_row("[bold]in all[/]", f"[bold]{plan.total_bytes:,}[/]")
+        out.print(files)
+        out.print(_kept_table(plan))
+        loaders = table("loader", "versions", "state")
+        for loader in contract.load(plan.container.name).data["loaders"]:
+            loaders.add_row(loader["loader"], loader["versions"], loader["status"])
+        out.print(loaders)
+        self._warn(plan)
+
+    def result(self, result: Result) -> None:
+        """What was made and what was proved of it."""
+        if self._json:
+            print_json(
+                {
+                    "folder": str(result.folder),
+                    "verdict": result.verdict,
+                    "bytes": result.plan.total_bytes,
+                    "source_bytes": _source_bytes(result.plan),
+                    "bits_per_weight": result.plan.bits_per_weight,
+                    "resumed_bytes": result.resumed_bytes,
+                    "seconds": dict(result.seconds),
+                    "reports": [asdict(report) for report in result.reports],
+                }
+            )
+            return
+        if not self.talks:
+            return
+        self.reports(result.reports, result.verdict)
+        saved = 100 * (1 - result.plan.total_bytes / _source_bytes(result.plan))
+        if result.resumed_bytes:
+            self._out.print(f"resumed: {human_bytes(result.resumed_bytes)} were already done")
+        self._out.print(
+            f"[bold]{escape(printable(result.folder))}[/]  "
+            f"{human_bytes(result.plan.total_bytes)}, {saved:.0f} % smaller, "
+            f"{result.plan.bits_per_weight:.2f} bits per weight, "
+            f"in {sum(result.seconds.values()):.1f} s"
+        )
+
+    def reports(self, reports: Sequence[Report], verdict: Verdict | None) -> None:
+        """The levels of a validation, their figures, and the verdict."""
+        for report in reports:
+            self._out.print(_level_line(report))
+            for check in report.checks:
+                if not check.passed:
+                    self._out.print(f"    [red]✗[/] {escape(check.name)}: {escape(check.detail)}")
+            for label, value in figures(report.data):
+                self._out.print(f"    {label}: {escape(value)}")
+            samples = report.data.get("samples")
+            if isinstance(samples, dict):
+                for who, text in samples.items():
+                    self._out.print(f"    {who}: [italic]{escape(printable(text))}[/]")
+        colour = {None: "yellow", Verdict.FAILED: "red", Verdict.CHECKED: "yellow"}
+        word = verdict or "not validated"
+        self._out.print(f"[bold {colour.get(verdict, 'green')}]{word}[/]")
+
+    def _warn(self, plan: Plan) -> None:
+        for warning in plan.warnings:
+            self._err.print(f"[yellow]warning:[/] {escape(printable(warning))}")
+
+
+def figures(data: JSON) -> list[tuple[str, str]]:
+    """The single numbers and words of a report, labelled for people."""
+    return [
+        (key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else printable(value))
+        for key, value in data.items()
+        if isinstance(value, int | float | str) and not isinstance(value, bool)
+    ]
+
+
+def plan_files(plan: Plan) -> dict[str, int]:
+    """Every file whose size the plan knows to the byte."""
+    return {
+        **{shard.name: shard.size for shard in plan.shards},
+        **{name: len(data) for name, data in plan.generated.items()},
+        **plan.copied,
+    }
+
+
+def plan_json(plan: Plan) -> JSON:
+    """The plan as --json prints it."""
+    return {
+        "source": plan.checkpoint.name,
+        "revision": plan.checkpoint.revision,
+        "method": {"name": plan.method.name, **plan.method.options()},
+        "container": plan.container.name,
+        "architecture": plan.structure.architecture,
+        "dtype": plan.dtype,
+        "files": plan_files(plan),
+        "total_bytes": plan.total_bytes,
+        "source_bytes": _source_bytes(plan),
+        "bits_per_weight": plan.bits_per_weight,
+        "layer_bits_per_weight": plan.layer_bits_per_weight,
+        "peak_bytes": plan.peak_bytes,
+        "disk_bytes": plan.disk_bytes,
+        "tensors": {
+            entry.tensor.name: {
+                "action": entry.action,
+                "reason": entry.reason,
+                "bytes": entry.nbytes,
+                **({"options": entry.method.options()} if entry.method else {}),
+            }
+            for entry in plan.entries
+        },
+        "skip_modules": list(plan.skip_modules),
+        "loaders": contract.load(plan.container.name).data["loaders"],
+        "warnings": list(plan.warnings),
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def _summary(plan: Plan, request: Request) -> list[tuple[str, str]]:
+    from qconvert.convert import output_folder
+
+    options = ", ".join(f"{key} {value}" for key, value in plan.method.options().items())
+    source = plan.checkpoint.repo_id or str(plan.checkpoint.root)
+    return [
+        ("source", escape(printable(source))),
+        ("revision", plan.checkpoint.revision or "a folder"),
+        ("model", f"{plan.structure.architecture}, {plan.dtype}"),
+        ("method", f"{plan.method.name} ({options})"),
+        ("output", escape(str(output_folder(request, plan)))),
+        ("size", f"{human_bytes(_source_bytes(plan))} → {human_bytes(plan.total_bytes)}"),
+        (
+            "bits per weight",
+            f"[bold]{plan.bits_per_weight:.3f}[/] over the whole model, "
+            f"{plan.layer_bits_per_weight:.3f} over its quantized layers",
+        ),
+        ("peak memory", f"≤ {human_bytes(plan.peak_bytes)}"),
+        ("disk", f"{human_bytes(plan.disk_bytes)}"),
+    ]
+
+
+def _kept_table(plan: Plan) -> Table:
+    kept = table("stays in full precision, because", "tensors", "bytes", right=["tensors", "bytes"])
+    kept.add_column("such as", overflow="fold")
+    count: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    for entry in plan.entries:
+        if entry.action is Action.COPY:
+            count[entry.reason] += 1
+            size[entry.reason] += entry.nbytes
+            example.setdefault(entry.reason, entry.tensor.name)
+    for reason, number in count.most_common():
+        such_as = escape(printable(example[reason]))
+        kept.add_row(escape(reason), str(number), f"{size[reason]:,}", such_as)
+    return kept
+
+
+def _level_line(report: Report) -> str:
+    if report.skipped:
+        return f"[yellow]–[/] {report.level}: not run, {escape(report.skipped)}"
+    passed = sum(check.passed for check in report.checks)
+    mark = "[green]✓[/]" if report.passed else "[red]✗[/]"
+    return f"{mark} {report.level}: {passed} of {len(report.checks)} checks passed"
+
+
+def _source_bytes(plan: Plan) -> int:
+    return sum(file.size for file in plan.checkpoint.files.values())

@@ -1,0 +1,255 @@
+"""The straight line: resolve → read headers → plan → pour → validate → card + manifest → commit.
+
+Each arrow carries a value. Nothing outside the staging folder changes before the commit, and the
+commit is one rename.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qconvert import card, manifest, registry, staging
+from qconvert.errors import DiskFull, UsageError
+from qconvert.plan import DEFAULT_SHARD_BYTES, Override, announced_dtype, make_plan
+from qconvert.pour import Progress, Quantize, pour
+from qconvert.source import open_checkpoint
+from qconvert.staging import Staging
+from qconvert.types import JSON, Plan, Report, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a user asks for. `options` are the method's own (see `qconvert formats`)."""
+
+    model: str
+    """A folder, a Hub id, or "demo"."""
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    output: Path | None = None
+    revision: str | None = None
+    skip: str | None = None
+    """Regex: layers whose name it is found in stay in full precision."""
+    overrides: Sequence[str] = ()
+    """`'REGEX=bits:4,group_size:64'`: other options for some layers."""
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    threads: int | None = None
+    device: str = "auto"
+    validate: bool = True
+    overwrite: bool = False
+    restart: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished conversion. `verdict` is None when validation was switched off."""
+
+    folder: Path
+    plan: Plan
+    verdict: Verdict | None
+    reports: tuple[Report, ...]
+    resumed_bytes: int
+    seconds: Mapping[str, float]
+    """Wall time of each stage."""
+
+
+def plan(request: Request) -> Plan:
+    """Resolves the model and plans its conversion; reads headers and config, writes nothing."""
+    method = registry.info(request.method)
+    skip = _regex("--skip", request.skip) if request.skip is not None else None
+    overrides = [_override(text) for text in request.overrides]
+    checkpoint = open_checkpoint(request.model, revision=request.revision)
+    maths, container = method.build(announced_dtype(checkpoint), request.options)
+    return make_plan(
+        checkpoint,
+        maths,
+        container,
+        skip=skip,
+        overrides=overrides,
+        max_shard_bytes=request.max_shard_bytes,
+        threads=worker_count(request.threads),
+    )
+
+
+def convert(
+    request: Request,
+    *,
+    progress: Progress | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> Result:
+    """Converts a checkpoint, proves the result and puts it at `request.output`, or raises.
+
+    Raises UsageError, SourceError, OutputError, ResourceError, ValidationError (see errors.py).
+    The destination is absent or complete at every moment; after an interruption the same request
+    continues where it was cut and ends with the same bytes.
+    """
+    clock = _Clock()
+    planned = plan(request)
+    if on_plan is not None:
+        on_plan(planned)
+    destination = output_folder(request, planned)
+    quantize = _device(request.device)
+    clock.lap("plan")
+
+    staged = Staging(destination, planned.fingerprint)
+    if staged.finish_commit():
+        return _finished_earlier(destination, planned)
+    staging.check_destination(destination, planned.checkpoint.root, overwrite=request.overwrite)
+    check_space(planned, staged)
+    with staged.open(restart=request.restart):
+        poured = pour(
+            planned,
+            staged,
+            threads=worker_count(request.threads),
+            quantize=quantize,
+            progress=progress,
+        )
+        write_side_files(planned, staged.tree)
+        clock.lap("pour")
+
+        verdict, reports = _prove(request, planned, staged.tree, progress)
+        clock.lap("validate")
+
+        _seal(request, planned, staged.tree, poured.sha256, verdict, reports, clock)
+        staged.commit(overwrite=request.overwrite)
+    return Result(destination, planned, verdict, reports, poured.resumed_bytes, clock.laps)
+
+
+def output_folder(request: Request, planned: Plan) -> Path:
+    """Where the result goes: `--output`, or ./<model>-<METHOD>-<bits>bit."""
+    if request.output is not None:
+        return Path(os.path.abspath(request.output))
+    name = f"{planned.checkpoint.name}-{request.method.upper()}-{planned.method.bits}bit"
+    return Path.cwd() / name
+
+
+def worker_count(threads: int | None) -> int:
+    """Threads asked for, else the processors that this process may use."""
+    return threads or len(os.sched_getaffinity(0))
+
+
+def check_space(planned: Plan, staged: Staging) -> None:
+    """Raises DiskFull when the file system has less room than the plan still needs."""
+    folder = staged.destination.parent
+    held = sum(f.stat().st_blocks * 512 for f in staged.tree.rglob("*") if f.is_file())
+    need, free = planned.disk_bytes - held, shutil.disk_usage(folder).free
+    if free < need:
+        raise DiskFull(
+            f"not enough space in {folder}: {need:,} bytes needed, {free:,} free",
+            hint="free some space, or choose another folder with --output DIR",
+        )
+
+
+def write_side_files(planned: Plan, tree: Path) -> None:
+    """Writes config.json and the index, and copies tokenizer and licence files byte for byte."""
+    with staging.output_errors(tree):
+        for name, data in planned.generated.items():
+            staging.write_file(tree / name, data)
+        for name in planned.copied:
+            staging.write_file(tree / name, (planned.checkpoint.root / name).read_bytes())
+
+
+def _prove(
+    request: Request, planned: Plan, tree: Path, progress: Progress | None
+) -> tuple[Verdict | None, tuple[Report, ...]]:
+    if not request.validate:
+        return None, ()
+    from qconvert import validate
+
+    validation = validate.validate_plan(tree, planned, device=request.device, progress=progress)
+    validate.require(validation.reports)
+    return validation.verdict, validation.reports
+
+
+def _seal(
+    request: Request,
+    planned: Plan,
+    tree: Path,
+    shards: Mapping[str, str],
+    verdict: Verdict | None,
+    reports: tuple[Report, ...],
+    clock: _Clock,
+) -> None:
+    """Writes card, manifest and run log: the last files before the commit."""
+    document = manifest.make_manifest(
+        planned,
+        verb=request.method,
+        options=_result_options(request),
+        verdict=verdict,
+        reports=reports,
+    )
+    with staging.output_errors(tree):
+        staging.write_file(tree / card.NAME, card.render(document, planned.checkpoint))
+        small = [*planned.generated, *planned.copied, card.NAME]
+        document["files"] = {**shards, **manifest.hash_files(tree, small)}
+        run = {"seconds": clock.laps, "source": str(planned.checkpoint.root)}
+        staging.write_file(tree / manifest.RUN_LOG_NAME, manifest.dump(run))
+        staging.write_file(tree / staging.MANIFEST_NAME, manifest.dump(document))
+
+
+def _result_options(request: Request) -> JSON:
+    """The options as asked for that change the result; the card's command repeats them."""
+    return {
+        "skip": request.skip,
+        "overrides": list(request.overrides),
+        "max_shard_bytes": request.max_shard_bytes,
+        **request.options,
+    }
+
+
+def _finished_earlier(destination: Path, planned: Plan) -> Result:
+    """The result of a run that was killed after its commit, before it could say so."""
+    document = manifest.read(destination) or {}
+    validation = document["validation"]
+    reports = tuple(manifest.report_from(data) for data in validation["reports"])
+    verdict = Verdict(validation["verdict"]) if validation["verdict"] else None
+    return Result(destination, planned, verdict, reports, planned.total_bytes, {})
+
+
+def _regex(option: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UsageError(
+            f"{option} {text!r} is not a regular expression: {error}",
+            hint=f"{option} 'down_proj' or {option} 'layers\\.(0|1)\\.'",
+        ) from error
+
+
+def _override(text: str) -> Override:
+    """Parses `REGEX=bits:4,group_size:64`."""
+    pattern, equals, settings = text.rpartition("=")
+    pairs = [pair.partition(":") for pair in settings.split(",")]
+    if not equals or any(not (key and value.strip().isdigit()) for key, _, value in pairs):
+        raise UsageError(
+            f"--override {text!r} is not REGEX=option:number,…",
+            hint="--override 'down_proj=bits:4,group_size:64'",
+        )
+    options = {key.strip().replace("-", "_"): int(value) for key, _, value in pairs}
+    return Override(_regex("--override", pattern), options)
+
+
+def _device(name: str) -> Quantize | None:
+    """Where blocks are quantized: None is the CPU's own kernels."""
+    from qconvert import accelerator
+
+    return accelerator.choose(name)
+
+
+class _Clock:
+    """Wall time of the stages of a run; goes to the run log, never into a hashed file."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        now = time.monotonic()
+        self.laps[stage] = round(now - self._last, 3)
+        self._last = now

@@ -1,0 +1,119 @@
+"""The manifest: what was made, from what, by what, and what was proved of it.
+
+`qconvert-manifest.json` is the last file written before the commit, and its presence marks a
+complete result. It hashes every file beside it, so that anybody can check the folder later
+without the source; it stores the plan in brief and the validation reports. Sorted keys and no wall
+times: two runs with the same source, options and versions write the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qconvert import __version__
+from qconvert.staging import MANIFEST_NAME
+from qconvert.types import JSON, Check, Plan, Report, Verdict
+
+RUN_LOG_NAME = "qconvert-run.json"
+"""Wall times and paths of the run: beside the result, but neither hashed nor pushed."""
+
+_LIBRARIES = ("torch", "transformers", "numpy", "numba", "bitsandbytes", "hqq", "safetensors")
+_SCHEMA = 1
+
+
+def make_manifest(
+    plan: Plan,
+    *,
+    verb: str,
+    options: JSON,
+    verdict: Verdict | None,
+    reports: Sequence[Report],
+) -> JSON:
+    """The manifest as a JSON value; "files" is filled in when all others are written."""
+    checkpoint = plan.checkpoint
+    return {
+        "schema": _SCHEMA,
+        "fingerprint": plan.fingerprint,
+        "source": {
+            "name": checkpoint.name,
+            "repo_id": checkpoint.repo_id,
+            "revision": checkpoint.revision,
+            "bytes": sum(file.size for file in checkpoint.files.values()),
+            "files": {
+                name: {"size": file.size, "header_sha256": file.header_sha256}
+                for name, file in checkpoint.files.items()
+            },
+        },
+        "method": {"verb": verb, **plan.method.options()},
+        "options": options,
+        "container": plan.container.name,
+        "plan": {
+            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "layer_bits_per_weight": round(plan.layer_bits_per_weight, 4),
+            "total_bytes": plan.total_bytes,
+            "dtype": plan.dtype,
+            "layers": {e.layer.name: e.method.options() for e in plan.quantized() if e.layer},
+            "kept": {
+                e.tensor.name: e.reason for e in plan.entries if e.layer is None
+            },
+            "skip_modules": list(plan.skip_modules),
+            "warnings": list(plan.warnings),
+        },
+        "files": {},
+        "validation": {
+            "verdict": verdict,
+            "reports": [asdict(report) for report in reports],
+        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """qconvert, Python and the libraries that are installed; reads metadata, imports nothing."""
+    found = {"qconvert": __version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def report_from(data: JSON) -> Report:
+    """A Report as the manifest stores it."""
+    checks = [Check(**check) for check in data["checks"]]
+    return Report(data["level"], checks, data["data"], data["skipped"])
+
+
+def dump(value: Any) -> bytes:
+    """JSON as all our files have it: sorted keys, two spaces, a newline at the end."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def read(folder: Path) -> JSON | None:
+    """The manifest of a folder, or None where there is none."""
+    try:
+        data: JSON = json.loads((folder / MANIFEST_NAME).read_bytes())
+    except FileNotFoundError:
+        return None
+    return data
+
+
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """sha256 of files, several at a time (hashing releases the GIL)."""
+    names = list(names)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

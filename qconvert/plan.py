@@ -1,0 +1,347 @@
+"""Plan: the whole output, decided from headers and config, before a weight is read.
+
+For every format the quantized tensors are a pure function of the source tensor's shape and the
+options. So the plan knows each shard's size to the byte, each tensor's offset, the index, what
+stays in full precision and why, and an upper bound of the memory and disk it will take. A dry run
+prints it; a conversion follows it to the letter; validation and the card quote it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qconvert import __version__, contract, linears, sidefiles, tensors
+from qconvert.errors import UnsupportedConfig, UsageError
+from qconvert.tiles import TILE_ELEMENTS
+from qconvert.types import (
+    FLOAT_DTYPES,
+    TORCH_NAMES,
+    Action,
+    Checkpoint,
+    Container,
+    Kind,
+    Layer,
+    Method,
+    Plan,
+    PlanEntry,
+    Shard,
+    Structure,
+    TensorInfo,
+    TensorSpec,
+    dtype_from_torch,
+)
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+METADATA = {"format": "pt"}
+INDEX_NAME = "model.safetensors.index.json"
+
+
+_TILE_BYTES_PER_ELEMENT = 24
+"""Source bits, float32 copies, codes and packed output of one weight at the hungriest method."""
+_RUNTIME_BYTES = 450_000_000
+"""Interpreter, numpy, numba with LLVM, headers and plan: an upper bound of what was measured."""
+_SMALL_FILES_BYTES = 4_000_000
+"""Card, report, manifest, journal, run log: bounded, not predicted."""
+
+_REASONS = {
+    Kind.HEAD: "output head",
+    Kind.EMBEDDING: "embedding",
+    Kind.ROUTER: "router of a mixture of experts",
+    Kind.EXPERTS: "fused experts: no stock loader reads them quantized",
+    Kind.OTHER: "not a linear layer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Other options for the layers whose path on disk `pattern` is found in."""
+
+    pattern: re.Pattern[str]
+    options: Mapping[str, int]
+
+
+def announced_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype a loader will give the model: config.json's, unless the headers deny it.
+
+    Some fine-tunes announce a dtype that none of their weights has; then the dtype that holds
+    the most bytes wins.
+    """
+    held: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in FLOAT_DTYPES:
+            held[tensor.dtype] += tensor.nbytes
+    if not held:
+        raise UnsupportedConfig(
+            "no floating-point weights",
+            file=checkpoint.root,
+            expected=" or ".join(FLOAT_DTYPES),
+            got=", ".join(sorted({t.dtype for t in checkpoint.tensors.values()})) or "no tensors",
+        )
+    config = checkpoint.config
+    nested = config.get("text_config")
+    for source in (config, nested if isinstance(nested, dict) else {}):
+        dtype = dtype_from_torch(source.get("dtype") or source.get("torch_dtype"))
+        if dtype is not None and dtype in held:
+            return dtype
+    return held.most_common(1)[0][0]
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    method: Method,
+    container: Container,
+    *,
+    skip: re.Pattern[str] | None = None,
+    overrides: Sequence[Override] = (),
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    threads: int = 1,
+) -> Plan:
+    """Decides what becomes of every tensor and where in the output it lies.
+
+    Reads config.json, headers and the sizes of side files; no weights. Raises UsageError when
+    nothing is left to quantize or an override matches no layer, UnsupportedConfig and RemoteCode
+    when no model can be built from config.json.
+    """
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    structure = linears.structure(checkpoint.config, shapes)
+    dtype = announced_dtype(checkpoint)
+    entries = tuple(
+        _decide(tensor, structure, method, container, skip, overrides, dtype, checkpoint)
+        for tensor in checkpoint.tensors.values()
+    )
+    _refuse_useless(entries, skip, overrides)
+    shards = _shards(entries, max_shard_bytes)
+    draft = Plan(
+        checkpoint=checkpoint,
+        structure=structure,
+        method=method,
+        container=container,
+        entries=entries,
+        shards=shards,
+        skip_modules=_skip_modules(structure, entries),
+        generated={},
+        copied={name: (checkpoint.root / name).stat().st_size for name in checkpoint.side_files},
+        peak_bytes=_peak_bytes(entries, threads),
+        disk_bytes=0,
+        dtype=dtype,
+        fingerprint="",
+        warnings=checkpoint.warnings,
+    )
+    config, removed = sidefiles.output_config(
+        (checkpoint.root / "config.json").read_bytes(),
+        container.quantization_config(draft),
+        TORCH_NAMES[dtype],
+    )
+    generated = {"config.json": config}
+    if len(shards) > 1:
+        generated[INDEX_NAME] = _index(shards, entries)
+    warnings = draft.warnings
+    if removed:
+        warnings += (f"removed from config.json, since it runs code: {', '.join(removed)}",)
+    plan = replace(draft, generated=generated, warnings=warnings)
+    return replace(
+        plan,
+        disk_bytes=plan.total_bytes + _SMALL_FILES_BYTES,
+        fingerprint=_fingerprint(plan),
+    )
+
+
+def _decide(
+    tensor: TensorInfo,
+    structure: Structure,
+    method: Method,
+    container: Container,
+    skip: re.Pattern[str] | None,
+    overrides: Sequence[Override],
+    dtype: str,
+    checkpoint: Checkpoint,
+) -> PlanEntry:
+    if tensor.name in structure.tied:
+        return PlanEntry(tensor, Action.DROP, "tied: stored once, under the other name", ())
+    role = structure.roles[tensor.name]
+    name = tensor.name.removesuffix(".weight")
+
+    def copy(reason: str) -> PlanEntry:
+        target = dtype if _follows_dtype(tensor) else tensor.dtype
+        if target != tensor.dtype:
+            reason += f"; cast from {tensor.dtype} as its loader would"
+        spec = TensorSpec(tensor.name, target, tensor.shape)
+        return PlanEntry(tensor, Action.COPY, reason, (spec,))
+
+    if role.kind not in (Kind.LINEAR, Kind.CONV1D):
+        return copy(_REASONS[role.kind])
+    if name == tensor.name or len(tensor.shape) != 2:
+        return copy("bias" if tensor.name.endswith(".bias") else _REASONS[Kind.OTHER])
+    if skip is not None and skip.search(name):
+        return copy("--skip")
+    if tensor.dtype not in FLOAT_DTYPES:
+        return copy(f"dtype {tensor.dtype}: only {', '.join(FLOAT_DTYPES)} can be quantized")
+    transposed = role.kind is Kind.CONV1D
+    out_features, in_features = reversed(tensor.shape) if transposed else tensor.shape
+    layer = Layer(
+        name=name,
+        module=role.module,
+        tensor=tensor,
+        out_features=out_features,
+        in_features=in_features,
+        transposed=transposed,
+        has_bias=f"{name}.bias" in checkpoint.tensors,
+    )
+    own: Any = method
+    for override in overrides:
+        if override.pattern.search(name):
+            own = replace(own, **override.options)
+    if reason := own.check(layer):
+        return copy(reason)
+    local = contract.load(container.name).specs(
+        container.variant(own), contract.environment(layer, own)
+    )
+    outputs = tuple(replace(spec, name=f"{name}.{spec.name}") for spec in local)
+    return PlanEntry(tensor, Action.QUANTIZE, "linear layer", outputs, layer, own)
+
+
+def _follows_dtype(tensor: TensorInfo) -> bool:
+    """Whether a copy must have the announced dtype.
+
+    transformers 5.23 leaves every `*.weight` of a bitsandbytes checkpoint in its dtype on disk,
+    so that one float32 norm makes the next bfloat16 layer fail. Other float tensors (`A_log`,
+    `e_score_correction_bias`) are cast, or kept on purpose, by the loader itself.
+    """
+    return tensor.dtype in (*FLOAT_DTYPES, "F64") and tensor.name.endswith((".weight", ".bias"))
+
+
+def _refuse_useless(
+    entries: Sequence[PlanEntry], skip: re.Pattern[str] | None, overrides: Sequence[Override]
+) -> None:
+    layers = [e.layer.name for e in entries if e.layer is not None]
+    if not layers:
+        kept = Counter(e.reason for e in entries if e.tensor.name.endswith(".weight"))
+        raise UsageError(
+            "nothing to quantize: every weight would stay in full precision ("
+            + ", ".join(f"{count} × {reason}" for reason, count in kept.most_common(3))
+            + ")",
+            hint="qconvert inspect MODEL shows the layers; try a smaller --group-size or "
+            "a narrower --skip",
+        )
+    if skip is not None and not any(e.reason.startswith("--skip") for e in entries):
+        raise UsageError(
+            f"--skip {skip.pattern!r} matches no linear layer", hint=f"names look like {layers[0]}"
+        )
+    for override in overrides:
+        if not any(override.pattern.search(name) for name in layers):
+            raise UsageError(
+                f"--override {override.pattern.pattern!r} matches no quantized layer",
+                hint=f"names look like {layers[0]}",
+            )
+
+
+def _shards(entries: Sequence[PlanEntry], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Runs of consecutive entries of at most `max_shard_bytes` (a larger entry stands alone)."""
+    runs: list[list[int]] = [[]]
+    filled = 0
+    for index, entry in enumerate(entries):
+        if not entry.outputs:
+            continue
+        if runs[-1] and filled + entry.nbytes > max_shard_bytes:
+            runs.append([])
+            filled = 0
+        runs[-1].append(index)
+        filled += entry.nbytes
+    if len(runs) == 1:
+        file_names = ["model.safetensors"]
+    else:
+        file_names = [
+            f"model-{number:05d}-of-{len(runs):05d}.safetensors"
+            for number in range(1, len(runs) + 1)
+        ]
+    return tuple(
+        _shard(file_name, run, entries) for file_name, run in zip(file_names, runs, strict=True)
+    )
+
+
+def _shard(file_name: str, run: Sequence[int], entries: Sequence[PlanEntry]) -> Shard:
+    specs = [spec for index in run for spec in entries[index].outputs]
+    header, offsets = tensors.build_header(specs, METADATA)
+    size = len(header) + sum(spec.nbytes for spec in specs)
+    return Shard(file_name, header, size, offsets, tuple(run))
+
+
+def _index(shards: Sequence[Shard], entries: Sequence[PlanEntry]) -> bytes:
+    written = [entry for entry in entries if entry.outputs]
+    index = {
+        "metadata": {
+            "total_parameters": sum(entry.tensor.numel for entry in written),
+            "total_size": sum(entry.nbytes for entry in written),
+        },
+        "weight_map": {name: shard.name for shard in shards for name in shard.offsets},
+    }
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _skip_modules(structure: Structure, entries: Sequence[PlanEntry]) -> tuple[str, ...]:
+    """Full paths of the linear layers that a loader must leave alone.
+
+    Full paths are the one spelling that transformers 4.57 and 5 both honour. Experts and routers
+    are listed under their names in memory and on disk, since 4.57 builds the latter.
+    """
+    quantized = {entry.layer.module for entry in entries if entry.layer is not None}
+    paths = dict.fromkeys(path for path in structure.modules if path not in quantized)
+    for name, role in structure.roles.items():
+        if role.kind is Kind.ROUTER:
+            paths |= dict.fromkeys((role.module, name.removesuffix(".weight")))
+        elif role.kind is Kind.EXPERTS:
+            paths |= dict.fromkeys(_expert_paths(role.module, name))
+    return tuple(paths)
+
+
+def _expert_paths(module: str, name: str) -> Iterator[str]:
+    yield module
+    stem, found, _ = name.partition(".experts.")
+    if found:
+        yield stem + ".experts"
+
+
+def _peak_bytes(entries: Sequence[PlanEntry], threads: int) -> int:
+    """Upper bound of the resident memory of a conversion, start to end, validation excluded.
+
+    A worker holds one tile. What a format keeps over a whole tensor (absmax of double
+    quantization, before it is quantized itself) is float32 for every block and is held twice
+    more while it is packed.
+    """
+    tile = max(
+        [TILE_ELEMENTS, *(e.layer.in_features for e in entries if e.layer is not None)]
+    )
+    kept = max(
+        (12 * e.tensor.numel // getattr(e.method, "blocksize", 64) for e in entries if e.layer),
+        default=0,
+    )
+    headers = 2_000 * len(entries)
+    return _RUNTIME_BYTES + headers + threads * (tile * _TILE_BYTES_PER_ELEMENT + kept)
+
+
+def _fingerprint(plan: Plan) -> str:
+    """What must be equal for an unfinished conversion to be continued."""
+    checkpoint = plan.checkpoint
+    identity = {
+        "source": [
+            (file.name, file.size, file.header_sha256, None if checkpoint.revision else file.identity[1])
+            for file in checkpoint.files.values()
+        ],
+        "revision": checkpoint.revision,
+        "method": plan.method.options(),
+        "layers": [
+            (e.tensor.name, e.action, e.method.options() if e.method else None)
+            for e in plan.entries
+        ],
+        "shards": [(s.name, s.size, hashlib.sha256(s.header).hexdigest()) for s in plan.shards],
+        "generated": {k: hashlib.sha256(v).hexdigest() for k, v in plan.generated.items()},
+        "copied": dict(plan.copied),
+        "qconvert": __version__,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

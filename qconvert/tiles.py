@@ -1,0 +1,70 @@
+"""Tiles of a plan's entries: the one place that knows how tensors are cut and glued.
+
+The engine and the validator walk the same tiles, the one writing what the other reads back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from qconvert import arrays
+from qconvert.source import SourceReader
+from qconvert.types import ITEMSIZE, Array, Container, PlanEntry, TensorInfo, Tile, Write
+
+TILE_ELEMENTS = 1 << 22
+"""Weights a worker holds at once: small enough for a flat memory, large enough that the Python
+around a tile (some 100 µs) vanishes."""
+
+
+def tiles_of(entry: PlanEntry, container: Container) -> list[Tile]:
+    """The tiles of an entry that has outputs; a copy is cut into runs, as its own only part."""
+    if entry.layer is not None:
+        return list(container.tiles(entry.layer, entry.method, TILE_ELEMENTS))
+    itemsize = ITEMSIZE[entry.outputs[0].dtype]
+    numel = entry.tensor.numel
+    starts = range(0, numel, TILE_ELEMENTS)
+    return [
+        Tile(
+            index=index,
+            reads=((start, stop := min(start + TILE_ELEMENTS, numel)),),
+            shape=(1, stop - start),
+            writes=(Write("", start * itemsize, (stop - start) * itemsize),),
+        )
+        for index, start in enumerate(starts)
+    ]
+
+
+def written_ranges(entry: PlanEntry, container: Container) -> Iterator[Write]:
+    """Every byte that pouring an entry writes, cut as it is written."""
+    by_tile = [write for tile in tiles_of(entry, container) for write in tile.writes]
+    yield from by_tile
+    covered = {global_name(entry, write.part) for write in by_tile}
+    for spec in entry.outputs:
+        if spec.name not in covered and entry.layer is not None:
+            yield Write(spec.name.removeprefix(f"{entry.layer.name}."), 0, spec.nbytes)
+
+
+def global_name(entry: PlanEntry, part: str) -> str:
+    """The name on disk of a layer's local tensor (`part` is empty for a copy)."""
+    return f"{entry.layer.name}.{part}" if entry.layer is not None else entry.tensor.name
+
+
+def read_tile(reader: SourceReader, tensor: TensorInfo, tile: Tile) -> Array:
+    """The tile's source bits, shaped as `Method.quantize` takes them."""
+    flat = np.empty(tile.numel, arrays.storage_dtype(tensor.dtype))
+    at = 0
+    for start, stop in tile.reads:
+        reader.read(tensor, start, stop, flat[at : at + stop - start])
+        at += stop - start
+    block = flat.reshape(tile.shape)
+    return np.ascontiguousarray(block.T) if tile.transposed else block
+
+
+def cast_copy(bits: Array, entry: PlanEntry) -> Array:
+    """The bits of a copied tensor in its planned dtype."""
+    target = entry.outputs[0].dtype
+    if target == entry.tensor.dtype:
+        return bits
+    return arrays.from_float32(arrays.to_float32(bits, entry.tensor.dtype), target)
