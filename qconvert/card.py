@@ -36,7 +36,8 @@ def render(manifest: JSON, checkpoint: Checkpoint) -> bytes:
         _provenance(manifest),
     ]
     front = yaml.safe_dump(_front_matter(manifest, checkpoint), sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n{'\n\n'.join(sections)}\n".encode()
+    body = "\n\n".join(sections)
+    return f"---\n{front}---\n\n{body}\n".encode()
 
 
 def human_bytes(count: float) -> str:
@@ -83,7 +84,9 @@ def _title(manifest: JSON) -> str:
     source, method, plan = manifest["source"], manifest["method"], manifest["plan"]
     name = _code(source["repo_id"] or source["name"])
     options = ", ".join(
-        f"{key.replace('_', ' ')} {value}" for key, value in method.items() if key not in ("verb", "bits")
+        f"{key.replace('_', ' ')} {value}"
+        for key, value in method.items()
+        if key not in ("verb", "bits")
     )
     verdict = manifest["validation"]["verdict"] or "not validated"
     return (
@@ -108,28 +111,37 @@ def _memory(manifest: JSON) -> str:
 
 
 def _quality(manifest: JSON) -> str:
-    lines = ["## Validation"]
-    for report in manifest["validation"]["reports"]:
-        state = "passed" if report["checks"] and all(c["passed"] for c in report["checks"]) else ""
-        outcome = f"not run: {report['skipped']}" if report["skipped"] else state or "failed"
-        lines.append(f"- {report['level']}: {outcome}")
-        lines += [f"  - {label}: {value}" for label, value in _figures(report["data"])]
-    if len(lines) == 1:
-        lines.append("This checkpoint was not validated.")
-    text = "\n".join([lines[0], "", *lines[1:]])
-    for report in manifest["validation"]["reports"]:
-        for who, sample in report["data"].get("samples", {}).items():
-            text += f"\n\n{who}:\n\n{_quoted(sample)}"
-    return text
+    reports = manifest["validation"]["reports"]
+    if not reports:
+        return "## Validation\n\nThis checkpoint was not validated."
+    lines = []
+    samples = ""
+    for report in reports:
+        passed = all(check["passed"] for check in report["checks"])
+        outcome = f"not run: {report['skipped']}" if report["skipped"] else ""
+        lines.append(f"- {report['level']}: {outcome or ('passed' if passed else 'failed')}")
+        lines += [f"  - {label}: {value}" for label, value in figures(report["data"])]
+        for who, text in report["data"].get("continuation", {}).items():
+            samples += f"\n\n{printable(who)}:\n\n{_quoted(text)}"
+    return "## Validation\n\n" + "\n".join(lines) + samples
 
 
-def _figures(data: JSON) -> list[tuple[str, str]]:
-    """The single numbers and strings of a report, for people."""
-    return [
-        (key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else printable(value))
-        for key, value in data.items()
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool)
-    ]
+def figures(data: JSON) -> list[tuple[str, str]]:
+    """The numbers and words of a report, labelled for people; lists are left to --json."""
+    found = []
+    for key, value in data.items():
+        if isinstance(value, dict) and all(isinstance(v, int | float) for v in value.values()):
+            text = ", ".join(f"{name} {_number(v)}" for name, v in value.items())
+        elif isinstance(value, int | float | str) and not isinstance(value, bool):
+            text = _number(value)
+        else:
+            continue
+        found.append((key.replace("_", " "), text))
+    return found
+
+
+def _number(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else printable(value)
 
 
 def _usage(manifest: JSON) -> str:

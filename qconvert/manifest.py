@@ -61,9 +61,7 @@ def make_manifest(
             "total_bytes": plan.total_bytes,
             "dtype": plan.dtype,
             "layers": {e.layer.name: e.method.options() for e in plan.quantized() if e.layer},
-            "kept": {
-                e.tensor.name: e.reason for e in plan.entries if e.layer is None
-            },
+            "kept": {e.tensor.name: e.reason for e in plan.entries if e.layer is None},
             "skip_modules": list(plan.skip_modules),
             "warnings": list(plan.warnings),
         },

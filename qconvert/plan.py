@@ -314,9 +314,7 @@ def _peak_bytes(entries: Sequence[PlanEntry], threads: int) -> int:
     quantization, before it is quantized itself) is float32 for every block and is held twice
     more while it is packed.
     """
-    tile = max(
-        [TILE_ELEMENTS, *(e.layer.in_features for e in entries if e.layer is not None)]
-    )
+    tile = max([TILE_ELEMENTS, *(e.layer.in_features for e in entries if e.layer is not None)])
     kept = max(
         (12 * e.tensor.numel // getattr(e.method, "blocksize", 64) for e in entries if e.layer),
         default=0,
@@ -330,7 +328,12 @@ def _fingerprint(plan: Plan) -> str:
     checkpoint = plan.checkpoint
     identity = {
         "source": [
-            (file.name, file.size, file.header_sha256, None if checkpoint.revision else file.identity[1])
+            (
+                file.name,
+                file.size,
+                file.header_sha256,
+                None if checkpoint.revision else file.identity[1],
+            )
             for file in checkpoint.files.values()
         ],
         "revision": checkpoint.revision,

@@ -185,7 +185,8 @@ class _Pouring:
     def _pour_tile(self, job: _Job, tile: Tile) -> None:
         entry = job.entry
         block = read_tile(self.reader, entry.tensor, tile)
-        checksum, kept = 0, {}
+        checksum = 0
+        kept: Parts = {}
         non_finite = None
         try:
             if entry.layer is None:
@@ -209,7 +210,7 @@ class _Pouring:
         if last:
             self._end_tensor(job)
 
-    def _write_tile(self, job: _Job, tile: Tile, parts: Parts) -> tuple[int, dict[str, Array]]:
+    def _write_tile(self, job: _Job, tile: Tile, parts: Parts) -> tuple[int, Parts]:
         """Writes what the tile has a place for; returns its checksum and what it has none for."""
         checksum = 0
         rest = {name: _bytes(array) for name, array in parts.items()}
@@ -329,7 +330,7 @@ class _Pouring:
         for write in written_ranges(job.entry, self.plan.container):
             at = job.target.shard.offsets[global_name(job.entry, write.part)] + write.offset
             found += zlib.crc32(os.pread(job.target.fd, write.nbytes, at), at & 0xFFFFFFFF)
-        return found == expected
+        return bool(found == expected)
 
     def _skip(self, entry: PlanEntry) -> None:
         self.done += entry.tensor.nbytes
@@ -347,7 +348,7 @@ class _Pouring:
 
 
 def _bytes(array: Array) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _pwrite(fd: int, data: memoryview, at: int) -> None:

@@ -48,7 +48,12 @@ class MethodInfo:
         method = _load(self.method)
         if "compute_dtype" in getattr(method, "__dataclass_fields__", {}):
             given.setdefault("compute_dtype", dtype)
-        return method(**given), _load(self.container)
+        return method(**given), self.load_container()
+
+    def load_container(self) -> Container:
+        """The container's singleton."""
+        container: Container = _load(self.container)
+        return container
 
 
 _BNB_4BIT = {

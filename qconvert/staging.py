@@ -60,7 +60,9 @@ def output_errors(path: Path) -> Iterator[None]:
                 file=where,
                 hint="choose another folder with --output DIR",
             ) from error
-        raise errors.OutputError(f"writing failed: {error.strerror or error}", file=where) from error
+        raise errors.OutputError(
+            f"writing failed: {error.strerror or error}", file=where
+        ) from error
 
 
 def fsync_folder(folder: Path) -> None:
@@ -104,9 +106,7 @@ def check_destination(destination: Path, source: Path, *, overwrite: bool) -> No
         )
     parent = resolved.parent
     if not parent.is_dir():
-        raise errors.NotWritable(
-            "no such folder", file=parent, hint=f"mkdir -p {parent}"
-        )
+        raise errors.NotWritable("no such folder", file=parent, hint=f"mkdir -p {parent}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise errors.NotWritable(
             "no permission to write", file=parent, hint="choose another folder with --output DIR"

@@ -18,12 +18,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from qconvert import contract
-from qconvert.card import human_bytes
+from qconvert.card import figures, human_bytes
 from qconvert.errors import printable
 from qconvert.types import JSON, Action, Plan, Report, Verdict
 
 if TYPE_CHECKING:
     from qconvert.convert import Request, Result
+    from qconvert.validate import Validation
 
 _LISTED = 12
 
@@ -124,26 +125,23 @@ class Screen:
                     self._out.print(f"    [red]✗[/] {escape(check.name)}: {escape(check.detail)}")
             for label, value in figures(report.data):
                 self._out.print(f"    {label}: {escape(value)}")
-            samples = report.data.get("samples")
-            if isinstance(samples, dict):
-                for who, text in samples.items():
-                    self._out.print(f"    {who}: [italic]{escape(printable(text))}[/]")
+            for who, text in report.data.get("continuation", {}).items():
+                self._out.print(f"    {who}: [italic]{escape(printable(text))}[/]")
         colour = {None: "yellow", Verdict.FAILED: "red", Verdict.CHECKED: "yellow"}
         word = verdict or "not validated"
         self._out.print(f"[bold {colour.get(verdict, 'green')}]{word}[/]")
 
+    def validation(self, found: Validation) -> None:
+        """The outcome of `qconvert validate`."""
+        if self._json:
+            reports = [asdict(report) for report in found.reports]
+            print_json({"verdict": found.verdict, "reports": reports})
+        elif self.talks:
+            self.reports(found.reports, found.verdict)
+
     def _warn(self, plan: Plan) -> None:
         for warning in plan.warnings:
             self._err.print(f"[yellow]warning:[/] {escape(printable(warning))}")
-
-
-def figures(data: JSON) -> list[tuple[str, str]]:
-    """The single numbers and words of a report, labelled for people."""
-    return [
-        (key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else printable(value))
-        for key, value in data.items()
-        if isinstance(value, int | float | str) and not isinstance(value, bool)
-    ]
 
 
 def plan_files(plan: Plan) -> dict[str, int]:
