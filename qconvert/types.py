@@ -38,7 +38,7 @@ FLOAT_DTYPES = tuple(TORCH_NAMES)
 
 
 def dtype_from_torch(name: object) -> str | None:
-    """"BF16" of "bfloat16" or "torch.bfloat16"; None for any other name."""
+    """ "BF16" of "bfloat16" or "torch.bfloat16"; None for any other name."""
     plain = str(name).removeprefix("torch.")
     return next((dtype for dtype, torch in TORCH_NAMES.items() if torch == plain), None)
 
@@ -201,7 +201,11 @@ class Method(Protocol):
     """The maths, with its options; a frozen dataclass, one per layer (options may differ)."""
 
     name: ClassVar[str]
-    bits: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code, scales not counted."""
+        ...
 
     def check(self, layer: Layer) -> str | None:
         """Why this layer cannot be quantized with these options, or None."""

@@ -1,0 +1,169 @@
+"""The bitsandbytes checkpoint: what `Linear8bitLt` and `Linear4bit` save, tensor by tensor.
+
+int8 keeps the weight's shape and adds one scale for each row. 4 bits flattens the weight: the
+packed codes are a column of bytes, and everything a loader must know to undo that (block size,
+dtype, shape) lies beside it as JSON in a tensor of bytes, `quant_state`, the codebook included as a
+tensor of its own. With double quantization the JSON holds the mean of the absmaxes as decimal text,
+whose length is not known in advance: it is padded with spaces to the width in tensors.json.
+
+A transposed source (GPT-2's Conv1D) is stored as [out_features, in_features] like any other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+
+from qconvert import contract
+from qconvert.errors import ContractViolation
+from qconvert.methods.bnb_4bit import NESTED_BLOCKSIZE, BnB4bit, codebook, nested_codebook
+from qconvert.methods.llm_int8 import LLMInt8
+from qconvert.types import JSON, TORCH_NAMES, Array, Layer, Parts, Plan, Tile, Write
+
+BnB = LLMInt8 | BnB4bit
+
+
+class Bitsandbytes:
+    """Reads and writes formats/bitsandbytes; implements types.Container."""
+
+    name: ClassVar[str] = "bitsandbytes"
+
+    def variant(self, method: BnB) -> str:
+        return "int8" if isinstance(method, LLMInt8) else "4bit"
+
+    def tiles(self, layer: Layer, method: BnB, max_elements: int) -> Iterator[Tile]:
+        """Rows for int8, runs of blocks for 4 bits, whole output columns of a transposed source."""
+        columns = layer.in_features
+        if isinstance(method, BnB4bit) and not layer.transposed:
+            columns = method.blocksize
+        rows = layer.tensor.numel // columns
+        step = max(1, max_elements // columns)
+        for index, first in enumerate(range(0, rows, step)):
+            count = min(step, rows - first)
+            reads: tuple[tuple[int, int], ...] = ((first * columns, (first + count) * columns),)
+            shape = (count, columns)
+            if layer.transposed:
+                reads = tuple((r * rows + first, r * rows + first + count) for r in range(columns))
+                reads = ((0, layer.tensor.numel),) if count == rows else reads
+                shape = (columns, count)
+            writes = tuple(_writes(method, first * columns, count * columns, columns))
+            yield Tile(index, reads, shape, writes, layer.transposed)
+
+    def encode(self, codes: Parts, method: BnB) -> Parts:
+        if isinstance(method, LLMInt8):
+            return codes
+        return {"weight": codes["weight"], "weight.absmax": codes["absmax"]}
+
+    def finish(self, layer: Layer, method: BnB, kept: Parts) -> Parts:
+        if isinstance(method, LLMInt8):
+            return {"weight_format": np.zeros((), np.uint8)}  # 0: row-major
+        state: JSON = {
+            "quant_type": method.quant_type,
+            "blocksize": method.blocksize,
+            "dtype": TORCH_NAMES[layer.tensor.dtype],
+            "shape": [layer.out_features, layer.in_features],
+        }
+        parts: dict[str, Array] = {"weight.quant_map": codebook(method.quant_type)}
+        if method.double_quant:
+            absmax, scales, offset = method.nest(kept["weight.absmax"])
+            parts["weight.absmax"] = absmax
+            parts["weight.nested_absmax"] = scales
+            parts["weight.nested_quant_map"] = nested_codebook()
+            state["nested_blocksize"] = NESTED_BLOCKSIZE
+            state["nested_dtype"] = "float32"
+            state["nested_offset"] = offset
+        name = _quant_state(method)
+        env = contract.environment(layer, method)
+        specs = contract.load(self.name).specs(self.variant(method), env)
+        width = next(spec.nbytes for spec in specs if spec.name == name)
+        parts[name] = np.frombuffer(json.dumps(state).encode().ljust(width), np.uint8)
+        return parts
+
+    def state(self, parts: Parts, layer: Layer, method: BnB) -> Parts:
+        """The codebook and, with double quantization, every absmax as a loader computes it."""
+        if isinstance(method, LLMInt8):
+            return {}
+        state = {"quant_map": _view(parts["weight.quant_map"], np.float32)}
+        if method.double_quant:
+            stored = _quant_state_of(parts, layer, method)
+            state["absmax"] = method.unnest(
+                _view(parts["weight.absmax"], np.uint8),
+                _view(parts["weight.nested_absmax"], np.float32),
+                _view(parts["weight.nested_quant_map"], np.float32),
+                float(stored["nested_offset"]),
+            )
+        return state
+
+    def decode(self, tile: Tile, parts: Parts, state: Parts, method: BnB) -> Array:
+        shape = tile.shape[::-1] if tile.transposed else tile.shape
+        if isinstance(method, LLMInt8):
+            weight = _view(parts["weight"], np.int8).reshape(shape)
+            return method.dequantize({"weight": weight, "SCB": _view(parts["SCB"], np.float32)})
+        weight = _view(parts["weight"], np.uint8)
+        if method.double_quant:
+            first = 2 * tile.writes[0].offset // method.blocksize
+            absmax = state["absmax"][first : first + 2 * weight.size // method.blocksize]
+        else:
+            absmax = _view(parts["weight.absmax"], np.float32)
+        codes = {"weight": weight, "absmax": absmax, "quant_map": state["quant_map"]}
+        return method.dequantize(codes).reshape(shape)
+
+    def quantization_config(self, plan: Plan) -> JSON:
+        method: BnB = plan.method
+        four = method if isinstance(method, BnB4bit) else None
+        return {
+            "_load_in_4bit": four is not None,
+            "_load_in_8bit": four is None,
+            "bnb_4bit_compute_dtype": TORCH_NAMES[four.compute_dtype] if four else "float32",
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": four.quant_type if four else "fp4",
+            "bnb_4bit_use_double_quant": four.double_quant if four else False,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": list(plan.skip_modules),
+            "llm_int8_threshold": 6.0,
+            "load_in_4bit": four is not None,
+            "load_in_8bit": four is None,
+            "quant_method": "bitsandbytes",
+        }
+
+
+BITSANDBYTES = Bitsandbytes()
+
+
+def _writes(method: BnB, first: int, count: int, columns: int) -> Iterator[Write]:
+    """Where the codes and scales of elements [first, first + count) of the flat weight lie."""
+    if isinstance(method, LLMInt8):
+        yield Write("weight", first, count)
+        yield Write("SCB", 4 * (first // columns), 4 * (count // columns))
+        return
+    yield Write("weight", first // 2, count // 2)
+    if not method.double_quant:
+        yield Write(
+            "weight.absmax", 4 * (first // method.blocksize), 4 * (count // method.blocksize)
+        )
+
+
+def _quant_state(method: BnB4bit) -> str:
+    return f"weight.quant_state.bitsandbytes__{method.quant_type}"
+
+
+def _quant_state_of(parts: Parts, layer: Layer, method: BnB4bit) -> JSON:
+    """The JSON on disk; raises ContractViolation unless it says what the loader must hear."""
+    name = _quant_state(method)
+    try:
+        stored: JSON = json.loads(_view(parts[name], np.uint8).tobytes())
+        expected = [method.blocksize, [layer.out_features, layer.in_features]]
+        if [stored["blocksize"], stored["shape"]] == expected:
+            return stored
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ContractViolation(f"{layer.name}.{name} is not the quant_state of this layer")
+
+
+def _view(data: Array, dtype: type[np.generic]) -> Array:
+    """On-disk bytes, or an array of them, as a flat array of `dtype`."""
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).view(dtype)
