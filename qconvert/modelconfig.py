@@ -1,12 +1,15 @@
-"""config.json, read as what it is: a stranger's instructions for building a model.
+"""What must hold of a config.json before any library sees it.
 
-Sizes are bounded before anything is built from them (2^40 hidden units are a short line of JSON),
-and a model that is already quantized is turned away by the name of its method. What the numbers
-mean for the tensors is the planner's business: headers are the truth, config.json is a claim.
+A model class believes its config: `num_hidden_layers: 10**9` builds layers until memory is gone,
+`attn_implementation: "owner/kernel"` downloads code, `-1` fails somewhere deep with a message about
+tensors. So the numbers that decide how much is built are bounded here, in plain Python, and every
+key that selects code, a kernel or a download is dropped from the copy that the class is built
+from. The bounds lie well above any published model: they catch nonsense, not ambition.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,40 +20,57 @@ from qconvert.types import JSON
 FILE = "config.json"
 MAX_BYTES = 10_000_000
 
-_AT_MOST = {
-    "num_hidden_layers": 10_000, "num_layers": 10_000, "n_layer": 10_000, "n_layers": 10_000,
-    "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "n_head": 2**16, "n_heads": 2**16,
-    "num_experts": 2**16, "num_local_experts": 2**16, "n_routed_experts": 2**16,
-    "head_dim": 2**20, "hidden_size": 2**24, "n_embd": 2**24, "d_model": 2**24,
-    "intermediate_size": 2**28, "n_inner": 2**28, "vocab_size": 2**28,
-}  # fmt: skip
-"""Far above every model there is, far below what would hang the machine."""
+_REQUIRED_SIZES = tuple(
+    (re.compile(pattern), high)
+    for pattern, high in (
+        (r"(num_hidden|num_encoder|num_decoder|encoder|decoder|num|n)_layers?", 2000),
+        (r"hidden_size|d_model|n_embd", 2**20),
+        (r"(num|n|num_attention|encoder_attention|decoder_attention)_heads?", 2**16),
+        (r"vocab_size", 2**24),
+    )
+)
+"""Keys whose every value must be an integer ≥ 1: a model of size 0 is not a model."""
 
-_MAY_BE_ZERO = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "vocab_size"})
+_OTHER_SIZES = tuple(
+    (re.compile(pattern), high)
+    for pattern, high in (
+        (r"layers?$|depths?$|blocks?$|stages?$|levels?$|modules?$|repeats?$", 2000),
+        (r"experts", 4096),
+        (r"vocab|position|n_ctx", 2**24),
+        (r"hidden|embed|head|rank|channel", 2**20),
+        (r"size|dim|^num_|^n_", 2**24),
+    )
+)
+"""Keys that may be absent, 0 or negative (`vision_feature_layer: -2`), but never huge."""
+
+_DROPPED = re.compile(
+    r"quantization_config|compression_config|auto_map|custom_pipelines|_name_or_path|"
+    r"(torch_)?dtype|_?(attn|experts)_implementation(_internal)?|use_kernels|kernel_config"
+)
 
 
 def parse(data: bytes, parse_float: Callable[[str], Any] | None = None) -> JSON:
-    """The parsed file; raises UnsupportedConfig unless it is strict JSON, an object, and sane."""
+    """The file's content; raises UnsupportedConfig unless it is strict JSON, an object, and sane.
+
+    `parse_float` receives the literal of every number that is not an integer.
+    """
     config = strictjson.loads(
         data, file=FILE, max_bytes=MAX_BYTES, error=UnsupportedConfig, parse_float=parse_float
     )
     if not isinstance(config, dict):
         raise UnsupportedConfig("not a JSON object", file=FILE)
-    _check_type(config, "model_type", str)
-    _check_type(config, "architectures", list)
-    if not all(isinstance(name, str) for name in config.get("architectures") or ()):
-        raise UnsupportedConfig("architectures is not a list of names", file=FILE)
-    for part in subconfigs(config):
-        for key, limit in _AT_MOST.items():
-            _check_size(key, part.get(key), limit)
+    if not isinstance(config.get("model_type", ""), str):
+        raise _unusable("model_type", "a name", config["model_type"])
+    architecture(config)
+    check(config)
     return config
 
 
 def refuse_quantized(config: JSON) -> None:
     """Raises UsageError, naming the method, for a checkpoint that is already quantized."""
-    for part in subconfigs(config):
+    for part in (config, *config.values()):
         for key in ("quantization_config", "compression_config"):
-            found = part.get(key)
+            found = part.get(key) if isinstance(part, dict) else None
             if found is not None:
                 method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
                 raise UsageError(
@@ -59,26 +79,63 @@ def refuse_quantized(config: JSON) -> None:
                 )
 
 
-def subconfigs(config: JSON) -> Iterator[JSON]:
-    """The configuration itself and every nested one (text_config, vision_config, …)."""
-    yield config
-    for value in config.values():
-        if isinstance(value, dict):
-            yield from subconfigs(value)
+def check(config: JSON) -> None:
+    """Raises UnsupportedConfig for a size that is of the wrong type, absurd, or not positive.
+
+    Sub-configs (`text_config`, `vision_config`, …) are looked at too.
+    """
+    for path, key, value in _leaves(config, ""):
+        for pattern, high in _REQUIRED_SIZES:
+            if pattern.fullmatch(key):
+                if value is not None and (type(value) is not int or not 1 <= value <= high):
+                    raise _unusable(path, f"an integer from 1 to {high}", value)
+                break
+        else:
+            for pattern, high in _OTHER_SIZES:
+                if pattern.search(key):
+                    if isinstance(value, int | float) and abs(value) > high:
+                        raise _unusable(path, f"at most {high}", value)
+                    break
 
 
-def _check_type(config: JSON, key: str, kind: type) -> None:
-    value = config.get(key)
-    if value is not None and not isinstance(value, kind):
-        raise UnsupportedConfig(
-            f"{key} of the wrong type", file=FILE, expected=kind.__name__, got=type(value).__name__
-        )
+def architecture(config: JSON) -> str | None:
+    """The class that config.json names first, or None; UnsupportedConfig if it is no name."""
+    names = config.get("architectures")
+    if names is None or names == []:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _unusable("architectures", "a list of class names", names)
+    return str(names[0])
 
 
-def _check_size(key: str, value: Any, limit: int) -> None:
-    low = 0 if key in _MAY_BE_ZERO else 1
-    for number in value if isinstance(value, list) else [value]:  # some differ by layer
-        if number is not None and not (type(number) is int and low <= number <= limit):
-            raise UnsupportedConfig(
-                f"absurd {key}", file=FILE, expected=f"a number from {low} to {limit:,}", got=number
-            )
+def inert(config: JSON) -> JSON:
+    """A deep copy without the keys that choose code, kernels, dtypes or downloads."""
+    copy: JSON = _without_dropped(config)
+    return copy
+
+
+def _without_dropped(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {k: _without_dropped(v) for k, v in value.items() if not _DROPPED.fullmatch(k)}
+        if "use_pretrained_backbone" in kept:
+            kept["use_pretrained_backbone"] = False  # would download the backbone's weights
+        return kept
+    return [_without_dropped(item) for item in value] if isinstance(value, list) else value
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+    """(path, last key, value) of everything in a config that is not a container."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner, path)
+    else:
+        yield path, path.rpartition(".")[2], value
+
+
+def _unusable(path: str, expected: str, got: object) -> UnsupportedConfig:
+    return UnsupportedConfig(
+        f"unusable value of {path!r}", file=FILE, expected=expected, got=repr(got)
+    )

@@ -115,11 +115,11 @@ def _require(root: Path, names: Iterable[str]) -> None:
 def _compare(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
     """Raises IndexMismatch unless the index names every tensor, in the shard it lies in."""
     if absent := sorted(weight_map.keys() - tensors.keys()):
-        raise IndexMismatch(f"tensors that no shard holds: {_first(absent)}", file=INDEX)
+        raise IndexMismatch(f"{INDEX} lists tensors that no shard holds: {_first(absent)}")
     if unlisted := sorted(tensors.keys() - weight_map.keys()):
         shards = sorted({tensors[name].file for name in unlisted})
         raise IndexMismatch(
-            f"tensors of {_first(shards)} are not listed: {_first(unlisted)}", file=INDEX
+            f"{INDEX} does not list these tensors of {_first(shards)}: {_first(unlisted)}"
         )
     for name, shard in weight_map.items():
         if tensors[name].file != shard:
@@ -138,8 +138,8 @@ def no_weights(names: Iterable[str], where: object) -> SourceError:
         )
     if pickled:
         return UnsafeFormat(
-            f"pickled weights only ({_first(pickled)}): reading them could run any code",
-            file=printable(where),
+            f"{printable(where)} has pickled weights only ({_first(pickled)}), and reading those "
+            "could run any code",
             hint="convert them at https://huggingface.co/spaces/safetensors/convert, or in a "
             "sandbox: AutoModelForCausalLM.from_pretrained(…).save_pretrained('safe-model')",
         )

@@ -78,8 +78,9 @@ def open_folder(
     repo_id: str | None = None,
     revision: str | None = None,
     warnings: Iterable[str] = (),
+    quantized: bool = False,
 ) -> Checkpoint:
-    """The checkpoint in a folder; see `open_checkpoint`."""
+    """The checkpoint in a folder; see `open_checkpoint`. `quantized` lets a quantized one pass."""
     if not folder.is_dir():
         raise UsageError(
             f"{printable(folder)} is not a folder", hint="name the folder that holds config.json"
@@ -92,7 +93,8 @@ def open_folder(
     if modelconfig.FILE not in entries:
         raise NotFound(f"no {modelconfig.FILE}", file=folder, hint=what_else(entries))
     config = modelconfig.parse(read_bytes(root, modelconfig.FILE, modelconfig.MAX_BYTES))
-    modelconfig.refuse_quantized(config)
+    if not quantized:
+        modelconfig.refuse_quantized(config)
     noted = list(warnings)
     files, tensors = read_weights(root, entries, noted)
     code = sidefiles.code_keys(config)

@@ -189,16 +189,17 @@ def _naturals(value: Any) -> bool:
 def _check_coverage(tensors: Sequence[TensorInfo], data_start: int, size: int, file: str) -> None:
     """Every byte after the header belongs to exactly one tensor."""
     before = TensorInfo("the header", "U8", (), file, 0, data_start)
-    for left, right in pairwise((before, *tensors)):
-        if left.end != right.start:
-            fault = "overlaps" if right.start < left.end else "leaves a hole after"
-            raise CorruptFile(
-                f"data {fault} that of {printable(left.name)}",
-                file=file,
-                tensor=right.name,
-                expected=f"start at byte {left.end:,} of the file",
-                got=f"{right.start:,}",
-            )
+    gaps = [(a, b) for a, b in pairwise((before, *tensors)) if a.end != b.start]
+    overlaps = [(a, b) for a, b in gaps if b.start < a.end]
+    for left, right in overlaps or gaps:  # an overlap makes a hole elsewhere: tell the cause
+        raise CorruptFile(
+            f"data {'overlaps' if overlaps else 'leaves a hole after'} that of "
+            + printable(left.name),
+            file=file,
+            tensor=right.name,
+            expected=f"start at byte {left.end:,} of the file",
+            got=f"{right.start:,}",
+        )
     end = tensors[-1].end if tensors else data_start
     if size != end:
         raise CorruptFile(
