@@ -25,6 +25,7 @@ import numpy as np
 
 from qconvert import contract
 from qconvert.errors import UsageError
+from qconvert.methods import _bnb_nested
 from qconvert.methods._bnb_common import kernel_input, refuse_nonfinite
 from qconvert.types import FLOAT_DTYPES, JSON, Array, Layer, Parts
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCKSIZE = 256
+NESTED_BLOCKSIZE = _bnb_nested.BLOCKSIZE
 
 QUANT_TYPES = ("nf4", "fp4")
 
@@ -75,11 +76,7 @@ def nearest(quant_type: str) -> tuple[Array, Array]:
 
 @cache
 def _nested_table() -> Array:
-    """The nested code of each of 65,536 steps from -1 to 1, as csrc/cpu_ops.cpp builds it."""
-    codes = nested_codebook()
-    middles = np.float32(0.5) * (codes[:-1] + codes[1:])
-    steps = np.arange(65536, dtype=np.float32) * 2 / np.float32(65535) - np.float32(1)
-    return np.searchsorted(middles, steps).astype(np.uint8)
+    return _bnb_nested.lookup_table(nested_codebook())
 
 
 @dataclass(frozen=True)
@@ -149,14 +146,8 @@ class BnB4bit:
 
         Codes are uint8 [blocks], scales float32 [ceil(blocks / 256)].
         """
-        from qconvert.methods import _bnb_kernels
-
-        offset = np.float32(_bnb_kernels.mean(absmax))
-        codes = np.empty(absmax.size, np.uint8)
-        scales = np.empty(-(-absmax.size // NESTED_BLOCKSIZE), np.float32)
-        _bnb_kernels.quantize_nested(
-            absmax, offset, NESTED_BLOCKSIZE, _nested_table(), codes, scales
-        )
+        offset = _bnb_nested.mean(absmax)
+        codes, scales = _bnb_nested.quantize(absmax, offset, _nested_table())
         return codes, scales, float(offset)
 
     def unnest(self, codes: Array, scales: Array, nested_map: Array, offset: float) -> Array:
