@@ -21,7 +21,7 @@ import numpy as np
 
 from qconvert import contract
 from qconvert.contract import TensorRule
-from qconvert.errors import ContractViolation, UsageError
+from qconvert.errors import CorruptFile, UsageError
 from qconvert.methods.hqq import HQQ
 from qconvert.types import (
     ITEMSIZE,
@@ -112,9 +112,9 @@ class HQQNative:
         read: Callable[[str], Array],
         config: JSON,
     ) -> dict[str, tuple[Layer, HQQ]]:
-        """Every layer of a stored checkpoint, by name on disk, its options read from its tensors.
+        """The quantized layers by name on disk, the options of each read from its tensors.
 
-        Raises ContractViolation where they are missing or make no sense.
+        Raises CorruptFile where they are missing or make no sense.
         """
         names = [name.removesuffix(".W_q") for name in tensors if name.endswith(".W_q")]
         return {name: _layer_in(name, tensors, read) for name in names}
@@ -254,9 +254,9 @@ def _layer_in(
     def small(part: str, limit: int) -> Array:
         info = tensors.get(f"{name}.{part}")
         if info is None:
-            raise ContractViolation(f"no tensor {name}.{part}")
+            raise CorruptFile(f"no tensor {name}.{part}")
         if info.numel > limit:
-            raise ContractViolation("too many elements", tensor=info.name,
+            raise CorruptFile("too many elements", tensor=info.name,
                                     expected=f"at most {limit}", got=info.numel)  # fmt: skip
         return read(info.name)
 
@@ -269,9 +269,9 @@ def _layer_in(
         out_features, in_features = shape
         method = HQQ(bits, group_size, axis, dtype)
     except (UsageError, ValueError, IndexError, OverflowError) as error:
-        raise ContractViolation(f"options of {name} make no sense: {error}") from error
+        raise CorruptFile(f"options of {name} make no sense: {error}") from error
     if min(shape) < 1 or max(shape) >= 1 << 31:
-        raise ContractViolation("not the shape of a weight", tensor=f"{name}.shape",
+        raise CorruptFile("not the shape of a weight", tensor=f"{name}.shape",
                                 expected="two positive numbers", got=shape)  # fmt: skip
     weight = TensorInfo(
         f"{name}.weight", dtype, (out_features, in_features), tensors[f"{name}.W_q"].file, 0, 0
@@ -279,7 +279,7 @@ def _layer_in(
     has_bias = f"{name}.bias" in tensors
     layer = Layer(name, name, weight, out_features, in_features, has_bias=has_bias)
     if reason := method.check(layer):
-        raise ContractViolation(f"{name} cannot be an HQQ layer: {reason}")
+        raise CorruptFile(f"{name} cannot be an HQQ layer: {reason}")
     return layer, method
 
 

@@ -1,0 +1,100 @@
+"""HQQ in plain torch, on any device: the reference of `_hqq_kernels.py`.
+
+The same operations in the same order, so that the codes, scales and zeros are the same bits: sums
+over a group are taken element after element (four sums at once), where `Tensor.sum` would choose
+an order of its own. Groups are columns here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+_ROUND = 12582912.0
+_FAR = 64.0
+
+
+def quantize(
+    block: torch.Tensor,
+    group_size: int,
+    axis: int,
+    top: float,
+    starts: Sequence[float],
+    iterations: int,
+    dtype: torch.dtype,
+    limits: tuple[float, float],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, uint8, shaped like the block, and scale and zero [groups] in `dtype`."""
+    w = block.reshape(-1, group_size).T if axis == 1 else block.reshape(group_size, -1)
+    w = w.float().contiguous()
+    largest = (w.view(torch.int32) & 0x7FFFFFFF).amax(0)
+    exponent = (largest >> 23).clamp(1, 253)
+    up, down = (exponent << 23).view(torch.float32), ((254 - exponent) << 23).view(torch.float32)
+    w = w * down
+    low, high = w.amin(0), w.amax(0)
+    middle = (low + high) * 0.5
+    (total,) = _sums((w - middle)[None])
+
+    def stored(x: torch.Tensor) -> torch.Tensor:
+        return x.to(dtype).float()
+
+    def stored_scale(scale: torch.Tensor) -> torch.Tensor:
+        return stored((scale * up).clamp(*limits)).clamp(min=limits[0]) * down
+
+    def stored_zero(zero: torch.Tensor) -> torch.Tensor:
+        return stored(zero.clamp(-limits[1], limits[1]))
+
+    def codes(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        return (((w * (1.0 / scale) + zero) + _ROUND) - _ROUND).clamp(0.0, top)
+
+    best = torch.full_like(low, torch.inf)
+    best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
+    for fraction in starts:
+        scale, zero = _start(low, high, fraction, top)
+        scale = stored_scale(scale)
+        zero = stored_zero(zero)
+        last = torch.full_like(low, torch.inf)
+        for iteration in range(iterations):
+            q = codes(scale, zero)
+            error = (q - zero) * scale - w
+            sq, sqq, sqx, squared = _sums(torch.stack([q, q * q, q * (w - middle), error * error]))
+            improved = squared < last
+            better = improved & (squared < best)
+            best = torch.where(better, squared, best)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
+            last = torch.where(improved, squared, -1.0)
+            if iteration + 1 == iterations or not improved.any():
+                break
+            mean = sq / group_size
+            variance = sqq - sq * mean
+            covariance = sqx - total * mean
+            usable = (variance > 0) & (covariance > 0)
+            scale = stored_scale(torch.where(usable, covariance / variance, scale))
+            zero = stored_zero(mean - (total / group_size + middle) / scale)
+    found = codes(best_scale, best_zero).to(torch.uint8)
+    found = (found.T if axis == 1 else found).reshape(block.shape)
+    empty = (low == 0) & (high == 0)
+    scale = torch.where(empty, 1.0, best_scale * up)
+    return found, scale.to(dtype), best_zero.to(dtype)
+
+
+def _sums(values: torch.Tensor) -> torch.Tensor:
+    """Sums over the second dimension, first element first."""
+    total = torch.zeros_like(values[:, 0])
+    for element in values.unbind(1):
+        total += element
+    return total
+
+
+def _start(
+    low: torch.Tensor, high: torch.Tensor, fraction: float, top: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    far = ((high + low).abs() * top * 0.5 > _FAR * (high - low)) & (fraction < 1)
+    low = torch.where(far, low.clamp(max=0), low)
+    high = torch.where(far, high.clamp(min=0), high)
+    constant = low == high
+    scale = torch.where(constant, low.abs(), (high - low) * fraction / top)
+    zero = top * 0.5 - (low + high) * 0.5 / scale
+    return scale, torch.where(constant, (low < 0).float(), zero)
