@@ -24,7 +24,7 @@ from qconvert.arrays import from_float32, storage_dtype
 from qconvert.tensors import build_header
 from qconvert.types import TensorSpec
 
-HIDDEN, INNER, VOCAB = 32, 8, 8
+HIDDEN, INNER, VOCAB, HEAD = 64, 8, 8, 4
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
-    "head_dim": 16,
+    "head_dim": HEAD,
     "vocab_size": VOCAB,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-05,
@@ -55,10 +55,10 @@ def base_weights() -> Weights:
     rng = np.random.default_rng(0)
     shapes = {
         "model.embed_tokens.weight": (VOCAB, HIDDEN),
-        Q: (16, HIDDEN),
-        K: (16, HIDDEN),
-        f"{LAYER}.self_attn.v_proj.weight": (16, HIDDEN),
-        f"{LAYER}.self_attn.o_proj.weight": (HIDDEN, 16),
+        Q: (HEAD, HIDDEN),
+        K: (HEAD, HIDDEN),
+        f"{LAYER}.self_attn.v_proj.weight": (HEAD, HIDDEN),
+        f"{LAYER}.self_attn.o_proj.weight": (HIDDEN, HEAD),
         f"{LAYER}.mlp.gate_proj.weight": (INNER, HIDDEN),
         f"{LAYER}.mlp.up_proj.weight": (INNER, HIDDEN),
         DOWN: (HIDDEN, INNER),
@@ -210,7 +210,7 @@ def weights_cases() -> Iterator[Case]:
     )
     yield case(
         "03-shape-and-size-differ", 3, "more bytes than the shape needs", [Q],
-        with_entry(Q, shape=[8, HIDDEN]), verb=HQQ,
+        with_entry(Q, shape=[HEAD // 2, HIDDEN]), verb=HQQ,
     )  # fmt: skip
     yield case("03-trailing-bytes", 3, "bytes after the last tensor", [size], data + b"\0" * 8)
     header = json.dumps(json.loads(data[8:].split(b"}} ")[0].decode() + "}}")["model.norm.weight"])
@@ -335,7 +335,7 @@ def value_cases() -> Iterator[Case]:
         )  # fmt: skip
     yield Case(
         "14-inf", 14, "one infinity in a weight", "NonFinite", 3, [K],
-        {one: values(K, (15, 31), -np.inf)}, HQQ, "pour", hint=True,
+        {one: values(K, (3, 63), -np.inf)}, HQQ, "pour", hint=True,
     )  # fmt: skip
     yield Case(
         "15-overflow-in-cast", 15, "a weight above 65,504, which LLM.int8 casts to float16",
@@ -381,7 +381,7 @@ def value_cases() -> Iterator[Case]:
     )  # fmt: skip
     yield Case(
         "18-nothing-divisible", 18, "no layer's in_features is a multiple of the group size",
-        "UsageError", 2, ["64"], {}, ("hqq", "--bits", "4", "--group-size", "64"), "plan",
+        "UsageError", 2, ["128"], {}, ("hqq", "--bits", "4", "--group-size", "128"), "plan",
     )  # fmt: skip
 
 
@@ -405,7 +405,7 @@ def config_cases() -> Iterator[Case]:
     for label, verb in {"bnb": NF4, "hqq": HQQ}.items():
         yield Case(
             f"23-remote-code-{label}", 23, "a model class that only its own Python file knows",
-            "RemoteCode", 3, ["modeling_mystery"],
+            "RemoteCode", 3, ["auto_map", "mystery"],
             {"config.json": dump(remote), "modeling_mystery.py": code}, verb, "plan",
         )  # fmt: skip
     good = dump(CONFIG)
