@@ -47,7 +47,7 @@ def _largest(bits, mask):  # type: ignore[no-untyped-def]
 
 @_jit
 def _from_half(bits):  # type: ignore[no-untyped-def]
-    """Bits of a float16 to bits of the float32 of the same value."""
+    """Bits of a float16 to bits of the float32 of the same value; Inf and NaN come out finite."""
     half = np.uint32(bits)
     sign = np.uint32((half & np.uint32(0x8000)) << np.uint32(16))
     shifted = np.uint32((half & np.uint32(0x7FFF)) << np.uint32(13))
@@ -162,6 +162,7 @@ def quantize_4bit(  # type: ignore[no-untyped-def]
 ):
     """Blocks to packed codes by each block's absmax; the first non-finite block, or -1."""
     run = max(1, _RUN // blocksize)
+    finite = _MAX_F16 if kind == F16 else _MAX_F32
     ranks = np.empty(run * blocksize, np.int32)
     values = np.empty(run * blocksize, np.float32)
     for first in range(0, absmax.size, run):
@@ -173,7 +174,7 @@ def quantize_4bit(  # type: ignore[no-untyped-def]
             block = source[b * blocksize : (b + 1) * blocksize]
             top = np.uint32(_widest(block, mask, kind)).view(np.float32)
             absmax[first + b] = top
-            if not top <= _MAX_F32:
+            if not top <= finite:
                 return first + b
             _scale(values[b * blocksize : (b + 1) * blocksize], np.float32(1) / max(top, _SMALLEST))
         _count(values[:used], bounds, ranks)
