@@ -90,8 +90,9 @@ def from_table(config: JSON, tensors: Tensors) -> Structure | None:
                 if tuple(tensors[name]) != expected:
                     return None
     for pattern, entry in layout.items():
-        if _parse(entry)[0] is Kind.HEAD:
-            modules.setdefault(pattern, None)  # a tied head has no tensor of its own
+        kind, path, _ = _parse(entry)
+        if kind is Kind.HEAD:
+            modules.setdefault(path or pattern, None)  # a tied head has no tensor of its own
         elif seen.get(pattern) != (layers if "*" in pattern else set()):
             return None
     tie = config.get("tie_word_embeddings", row["tie_word_embeddings"])
@@ -125,10 +126,11 @@ def dimensions(config: JSON) -> dict[str, int | None]:
     """The sizes that weights are made of, by the letter that stands for them in the table."""
     hidden = _first(config, "hidden_size", "n_embd")
     heads = _first(config, "num_attention_heads", "n_head")
-    if hidden is None or heads is None:
+    head_dim = _first(config, "head_dim")
+    if hidden is None or heads is None or (head_dim is None and hidden % heads):
         return {}
-    kv_heads = _first(config, "num_key_value_heads") or heads
-    head_dim = _first(config, "head_dim") or hidden // heads
+    head_dim = hidden // heads if head_dim is None else head_dim
+    kv_heads = _first(config, "num_key_value_heads", "num_attention_heads", "n_head") or 0
     wide = _first(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * hidden
     return {
         "h": hidden,

@@ -61,8 +61,12 @@ from qconvert.errors import (
 )
 from qconvert.types import JSON, Kind, Role, Structure
 
-_MAX_MODULES = 100_000
-"""Registered submodules; the largest published models have about 30,000."""
+Tensors = Mapping[str, tuple[int, ...]] | Collection[str]
+
+_MODULES_PER_TENSOR = 8
+_FREE_MODULES = 5_000
+"""A module without a parameter (dropout, activation, list) is cheap to ask for, so what may be
+built is bounded by the tensors that are there to fill it."""
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 _HARMLESS = ("dtype", "device", "shape", "ndim", "size", "is_meta")
@@ -77,16 +81,20 @@ def from_meta(config: JSON, tensors: Mapping[str, tuple[int, ...]] | Collection[
     the names. Raises UnsupportedConfig, RemoteCode, or DependencyMissing (a backbone of timm).
     """
     modelconfig.check(config)
-    with _guarded(config):
+    with _guarded(config, _FREE_MODULES + _MODULES_PER_TENSOR * len(tensors)):
         models = [_build(cls, config) for cls in _classes(config)]
-    best = max(models, key=lambda model: len(in_memory(model, tensors)))
-    return _structure(best, tensors)
+    known = [in_memory(model, tensors) for model in models]
+    best = max(range(len(models)), key=lambda i: len(known[i]))
+    return _structure(models[best], tensors, known[best])
 
 
 def build(config: JSON) -> Any:
-    """The model of `config["architectures"][0]` on the meta device, in training mode."""
+    """The model of `config["architectures"][0]` on the meta device.
+
+    Raises as `from_meta` does.
+    """
     modelconfig.check(config)
-    with _guarded(config):
+    with _guarded(config, 20 * _FREE_MODULES):
         return _build(_classes(config)[0], config)
 
 
@@ -94,7 +102,7 @@ def build(config: JSON) -> Any:
 
 
 @contextmanager
-def _guarded(config: JSON) -> Iterator[None]:
+def _guarded(config: JSON, max_modules: int) -> Iterator[None]:
     """No network, no chatter, no library exception; an end to what a config can ask for."""
     offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     verbosity = transformers.logging.get_verbosity()
@@ -104,11 +112,11 @@ def _guarded(config: JSON) -> Iterator[None]:
     def budget(*_: object) -> None:
         nonlocal count
         count += 1
-        if count > _MAX_MODULES:
+        if count > max_modules:
             raise UnsupportedConfig(
                 "too large a model",
                 file="config.json",
-                expected=f"≤ {_MAX_MODULES} modules",
+                expected=f"at most {max_modules} modules for its tensors",
                 got="more",
             )
 
@@ -140,9 +148,12 @@ def _classes(config: JSON) -> list[type[Any]]:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise _unknown(config, "model_type", known, model_type)
     if name is not None:
-        cls = getattr(transformers, name, None) if name.isidentifier() else None
+        cls: Any = getattr(transformers, name, None) if name.isidentifier() else None
         if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
             raise _unknown(config, "architectures", known, name)
+        if not issubclass(CONFIG_MAPPING[model_type], cls.config_class):
+            expected = f"{cls.config_class.model_type} for {name}"
+            raise _unknown(config, "model_type", expected, model_type)
         return [cls]
     names = [
         mapping[model_type]
@@ -161,7 +172,7 @@ def _unknown(config: JSON, key: str, expected: str, got: object) -> QConvertErro
             f"the class comes as Python code (auto_map): {key!r} is unknown to transformers",
             file="config.json", expected=expected, got=got,
         )  # fmt: skip
-    return UnsupportedConfig(f"unknown {key!r}", file="config.json", expected=expected, got=got)
+    return UnsupportedConfig(f"unusable {key!r}", file="config.json", expected=expected, got=got)
 
 
 def _build(cls: type[Any], config: JSON) -> Any:
@@ -201,8 +212,7 @@ def in_memory(model: Any, names: Collection[str]) -> dict[str, tuple[str, bool]]
     return found
 
 
-def _structure(model: Any, tensors: Mapping[str, tuple[int, ...]] | Collection[str]) -> Structure:
-    known = in_memory(model, tensors)
+def _structure(model: Any, tensors: Tensors, known: Mapping[str, tuple[str, bool]]) -> Structure:
     meta = model.state_dict()
     kinds = _kinds(model)
     renamings, _ = _transforms(model)
@@ -215,26 +225,27 @@ def _structure(model: Any, tensors: Mapping[str, tuple[int, ...]] | Collection[s
     on_disk: dict[str, str] = {}
     for name in tensors:
         target, converted = known.get(name, (name, False))
-        path, _, leaf = target.rpartition(".")
-        kind = kinds.get(path, Kind.OTHER)
-        if name in known and not converted:
+        own = name in known and not converted
+        if own:
             if target in on_disk:
                 raise UnsupportedConfig(
                     f"two tensors for the parameter {printable(target)}",
-                    expected="one", got=f"{on_disk[target]} and {name}",
-                )  # fmt: skip
+                    expected="one",
+                    got=f"{on_disk[target]} and {name}",
+                )
             on_disk[target] = name
-            expected = tuple(meta[target].shape)
-            if isinstance(tensors, Mapping) and tuple(tensors[name]) != expected:
-                raise UnsupportedConfig(
-                    "config.json and weights disagree",
-                    tensor=name, expected=list(expected), got=list(tensors[name]),
-                )  # fmt: skip
+            if isinstance(tensors, Mapping):
+                _check_shape(name, tensors[name], meta[target])
+        path, _, leaf = target.rpartition(".")
+        kind = kinds.get(path, Kind.OTHER)
         if path in modules and leaf == "weight":
-            if converted or not _companions_follow(name, renamings):
+            stem = name.removesuffix(".weight")
+            if own:
+                modules[path] = stem
+            if kind in (Kind.LINEAR, Kind.CONV1D) and not (
+                own and stem != name and _companions_follow(stem, renamings)
+            ):
                 kind = Kind.OTHER
-            elif name in known:
-                modules[path] = name.removesuffix(".weight")
         roles[name] = Role(path, kind)
     tied = {
         on_disk[target]
@@ -244,13 +255,21 @@ def _structure(model: Any, tensors: Mapping[str, tuple[int, ...]] | Collection[s
     return Structure(type(model).__name__, roles, dict(sorted(modules.items())), frozenset(tied))
 
 
-def _companions_follow(name: str, renamings: list[Any]) -> bool:
+def _check_shape(name: str, shape: tuple[int, ...], parameter: torch.Tensor) -> None:
+    expected = tuple(parameter.shape)
+    if tuple(shape) != expected:
+        raise UnsupportedConfig(
+            "config.json and weights disagree",
+            tensor=name,
+            expected=list(expected),
+            got=list(shape),
+        )
+
+
+def _companions_follow(stem: str, renamings: list[Any]) -> bool:
     """Whether `stem.SCB` is renamed as `stem.weight` is: a renaming may spell out "weight"."""
-    if not name.endswith(".weight"):
-        return False
-    stem = name.removesuffix("weight")
-    renamed = apply_renamings(stem + "weight", renamings).removesuffix("weight")
-    return bool(apply_renamings(stem + "SCB", renamings) == renamed + "SCB")
+    renamed = apply_renamings(f"{stem}.weight", renamings).removesuffix("weight")
+    return bool(apply_renamings(f"{stem}.SCB", renamings) == f"{renamed}SCB")
 
 
 # ── kinds ────────────────────────────────────────────────────────────────────────────────────

@@ -135,22 +135,27 @@ def _letters(config: JSON, shape: tuple[int, ...]) -> str:
     return "".join(known) if all(known) else ""
 
 
+def rows() -> dict[str, JSON]:
+    """The whole table; a class that it cannot describe is left out, with a line on stderr."""
+    found: dict[str, Any] = {}
+    for architecture in sorted(CONFIGS):
+        try:
+            found[architecture] = row(architecture)
+        except ValueError as error:
+            print(f"left out: {architecture}: {error}", file=sys.stderr)
+    for name, entry in found.items():  # a layout that two classes share is written once
+        first = next(n for n, other in found.items() if other["modules"] in (entry["modules"], n))
+        if first != name:
+            entry["modules"] = first
+    return found
+
+
 def main() -> None:
     import transformers
 
-    rows: dict[str, Any] = {}
-    for architecture in sorted(CONFIGS):
-        try:
-            rows[architecture] = row(architecture)
-        except ValueError as error:
-            print(f"left out: {architecture}: {error}", file=sys.stderr)
-    for name, found in rows.items():  # a layout that two classes share is written once
-        first = next(n for n, r in rows.items() if r["modules"] in (found["modules"], n))
-        if first != name:
-            found["modules"] = first
-    table = {"transformers": transformers.__version__, "architectures": rows}
+    table = {"transformers": transformers.__version__, "architectures": rows()}
     TABLE.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
-    print(f"{len(rows)} architectures, {TABLE.stat().st_size} bytes")
+    print(f"{len(table['architectures'])} architectures, {TABLE.stat().st_size} bytes")
 
 
 if __name__ == "__main__":
