@@ -12,7 +12,7 @@ and the safetensors dtype name ("BF16") travels beside it (see `arrays.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
@@ -258,6 +258,16 @@ class Container(Protocol):
 
     def quantization_config(self, plan: Plan) -> JSON:
         """The `quantization_config` of config.json, skip list included."""
+        ...
+
+    def layers_in(
+        self, tensors: Mapping[str, TensorInfo], read: Callable[[str], Array], config: JSON
+    ) -> Mapping[str, tuple[Layer, Any]]:
+        """The quantized layers of a folder by name on disk, and the method of each.
+
+        Recovered from headers and small tensors (`read` gives one), whoever wrote the folder;
+        `Layer.module` is the name on disk. Raises CorruptFile.
+        """
         ...
 
 

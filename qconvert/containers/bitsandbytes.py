@@ -12,16 +12,27 @@ A transposed source (GPT-2's Conv1D) is stored as [out_features, in_features] li
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 import numpy as np
 
 from qconvert import contract
-from qconvert.errors import ContractViolation
+from qconvert.errors import ContractViolation, CorruptFile, UsageError, printable
 from qconvert.methods.bnb_4bit import NESTED_BLOCKSIZE, BnB4bit, codebook, nested_codebook
 from qconvert.methods.llm_int8 import LLMInt8
-from qconvert.types import JSON, TORCH_NAMES, Array, Layer, Parts, Plan, Tile, Write
+from qconvert.types import (
+    JSON,
+    TORCH_NAMES,
+    Array,
+    Layer,
+    Parts,
+    Plan,
+    TensorInfo,
+    Tile,
+    Write,
+    dtype_from_torch,
+)
 
 BnB = LLMInt8 | BnB4bit
 
@@ -130,8 +141,69 @@ class Bitsandbytes:
             "quant_method": "bitsandbytes",
         }
 
+    def layers_in(
+        self, tensors: Mapping[str, TensorInfo], read: Callable[[str], Array], config: JSON
+    ) -> dict[str, tuple[Layer, BnB]]:
+        """The quantized layers of a folder, recovered from their tensors; anybody's folder.
+
+        Half a layer is one too: an int8 weight without SCB, or SCB beside a weight that is not
+        int8. Raises CorruptFile for a quant_state that describes no layer.
+        """
+        announced = dtype_from_torch(config.get("dtype") or config.get("torch_dtype")) or "F32"
+        layers: dict[str, tuple[Layer, BnB]] = {}
+        for tensor, info in tensors.items():
+            name, is_4bit, quant_type = tensor.partition(_QUANT_STATE)
+            if is_4bit:
+                double = f"{name}.weight.nested_absmax" in tensors
+                state, method = _options(info, read, quant_type, double, config)
+                shape, dtype = tuple(state["shape"]), dtype_from_torch(state.get("dtype")) or "F32"
+                layers[name] = _layer(name, shape, dtype, tensors), method
+                continue
+            name, _, local = tensor.rpartition(".")
+            weight = tensors.get(f"{name}.weight")
+            if weight is None or len(weight.shape) != 2:
+                continue
+            if local == "SCB" or (local == "weight" and info.dtype == "I8"):
+                layers[name] = _layer(name, weight.shape, announced, tensors), LLMInt8()
+        return layers
+
 
 BITSANDBYTES = Bitsandbytes()
+
+_QUANT_STATE = ".weight.quant_state.bitsandbytes__"
+_MAX_QUANT_STATE = 4096
+
+
+def _layer(
+    name: str, shape: tuple[int, ...], dtype: str, tensors: Mapping[str, TensorInfo]
+) -> Layer:
+    """A layer whose source tensor is not at hand; its path in memory is not known here."""
+    out_features, in_features = shape
+    source = TensorInfo(f"{name}.weight", dtype, (out_features, in_features), "", 0, 0)
+    has_bias = f"{name}.bias" in tensors
+    return Layer(name, name, source, out_features, in_features, has_bias=has_bias)
+
+
+def _options(
+    info: TensorInfo, read: Callable[[str], Array], quant_type: str, double: bool, config: JSON
+) -> tuple[JSON, BnB4bit]:
+    """The JSON of a quant_state, with a shape that is one, and the method it speaks of."""
+    computed = config["quantization_config"].get("bnb_4bit_compute_dtype")
+    try:
+        if info.nbytes > _MAX_QUANT_STATE:
+            raise ValueError("too large")
+        state: JSON = json.loads(_view(read(info.name), np.uint8).tobytes())
+        if not all(type(size) is int and 0 < size < 2**31 for size in state["shape"]):
+            raise ValueError("no shape")
+        rows, columns = state["shape"]
+        method = BnB4bit(
+            quant_type, int(state["blocksize"]), double, dtype_from_torch(computed) or "F32"
+        )
+    except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
+        raise CorruptFile(
+            f"not a quant_state ({printable(error)})", file=info.file, tensor=info.name
+        ) from error
+    return state | {"shape": [rows, columns]}, method
 
 
 def _writes(method: BnB, first: int, count: int, columns: int) -> Iterator[Write]:

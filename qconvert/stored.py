@@ -1,0 +1,224 @@
+"""A quantized folder, seen through its headers: what `plan` is to the future, this is to the disk.
+
+Nothing is believed because we may have written it ourselves: layers, methods and options are
+recovered from config.json, the headers and a few small tensors, whoever made the folder. The
+manifest, where there is one, is a claim to be checked like the others. Weights are read by
+position, a tile at a time, so that a folder of any size can be looked at in bounded memory; no
+torch is needed for any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from qconvert import arrays, contract, modelconfig, registry, strictjson
+from qconvert.errors import CorruptFile, NotFound, UnsupportedConfig, UsageError
+from qconvert.safepath import read_bytes
+from qconvert.shards import read_weights
+from qconvert.source import SourceReader, did_you_mean
+from qconvert.staging import MANIFEST_NAME
+from qconvert.tiles import TILE_ELEMENTS
+from qconvert.types import (
+    ITEMSIZE,
+    JSON,
+    Array,
+    Checkpoint,
+    Container,
+    Kind,
+    Layer,
+    Method,
+    Parts,
+    Structure,
+    TensorInfo,
+    TensorSpec,
+    Tile,
+)
+
+MAX_MANIFEST_BYTES = 200_000_000
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A quantized checkpoint on disk: headers only, until a tensor is asked for."""
+
+    checkpoint: Checkpoint
+    """Root, config and tensors, with `side_files` empty."""
+    container: Container
+    layers: Mapping[str, tuple[Layer, Method]]
+    """Name on disk → the layer and the method that it was quantized with."""
+    manifest: JSON | None
+
+    @property
+    def root(self) -> Path:
+        return self.checkpoint.root
+
+    @property
+    def config(self) -> JSON:
+        return self.checkpoint.config
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.checkpoint.tensors
+
+    def specs(self, name: str) -> tuple[TensorSpec, ...]:
+        """What formats/<name> says that a layer consists of, under global names."""
+        layer, method = self.layers[name]
+        local = contract.load(self.container.name).specs(
+            self.container.variant(method), contract.environment(layer, method)
+        )
+        return tuple(replace(spec, name=f"{name}.{spec.name}") for spec in local)
+
+    @cached_property
+    def owned(self) -> frozenset[str]:
+        """Every tensor that belongs to a quantized layer; biases are copies and do not."""
+        return frozenset(spec.name for name in self.layers for spec in self.specs(name))
+
+    @cached_property
+    def copies(self) -> Mapping[str, TensorInfo]:
+        """Every tensor that is left in full precision."""
+        return {name: info for name, info in self.tensors.items() if name not in self.owned}
+
+    def source_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that the source model must have had."""
+        shapes = {name: info.shape for name, info in self.copies.items()}
+        return shapes | {layer.tensor.name: layer.tensor.shape for layer, _ in self.layers.values()}
+
+    def seen_as(self, structure: Structure) -> Stored:
+        """The same folder with each layer's path in the model, and Conv1D layers transposed."""
+        layers = {}
+        for name, (layer, method) in self.layers.items():
+            role = structure.roles.get(layer.tensor.name)
+            if role is None:  # no layer of this model: the contract check will say so
+                layers[name] = (layer, method)
+                continue
+            transposed = role.kind is Kind.CONV1D
+            shape = (layer.out_features, layer.in_features)
+            tensor = replace(layer.tensor, shape=shape[::-1] if transposed else shape)
+            layers[name] = (
+                replace(layer, module=role.module, transposed=transposed, tensor=tensor),
+                method,
+            )
+        return replace(self, layers=layers)
+
+
+def open_stored(folder: Path) -> Stored:
+    """Reads config.json, index, headers, manifest and the small tensors that name options.
+
+    Raises UsageError for a folder that is not quantized, NotFound for one that is not there, and
+    other SourceErrors for one that is not what it claims to be, as `source.open_folder` does.
+    """
+    if not folder.is_dir():
+        raise NotFound("no such folder", file=folder, hint=did_you_mean(str(folder)))
+    root = folder.resolve()
+    entries = sorted(entry.name for entry in root.iterdir())
+    if modelconfig.FILE not in entries:
+        raise NotFound(f"no {modelconfig.FILE}", file=folder)
+    config = modelconfig.parse(read_bytes(root, modelconfig.FILE, modelconfig.MAX_BYTES))
+    container = _container(config)
+    warnings: list[str] = []
+    files, tensors = read_weights(root, entries, warnings)
+    checkpoint = Checkpoint(
+        root=root,
+        name=root.name,
+        repo_id=None,
+        revision=None,
+        config=config,
+        files=files,
+        tensors=tensors,
+        side_files=(),
+        warnings=tuple(warnings),
+    )
+    with SourceReader(checkpoint) as reader:
+        layers = container.layers_in(
+            tensors, lambda name: read_tensor(reader, tensors[name]), config
+        )
+    if not layers:
+        raise CorruptFile(f"no layer that is quantized with {container.name}", file=folder)
+    return Stored(checkpoint, container, layers, _manifest(root))
+
+
+def _container(config: JSON) -> Container:
+    found = config.get("quantization_config")
+    if found is None:
+        raise UsageError(
+            f"the model is not quantized: no quantization_config in {modelconfig.FILE}",
+            hint="name a folder that qconvert wrote",
+        )
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    for info in registry.METHODS:
+        if info.format == method:
+            return info.load_container()
+    raise UnsupportedConfig(
+        "unknown quant_method",
+        file=modelconfig.FILE,
+        expected=" or ".join(sorted({info.format for info in registry.METHODS})),
+        got=method,
+    )
+
+
+def _manifest(root: Path) -> JSON | None:
+    try:
+        data = read_bytes(root, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    except NotFound:
+        return None
+    manifest = strictjson.loads(data, file=MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CorruptFile("not a manifest", file=MANIFEST_NAME)
+    return manifest
+
+
+# ── weights ──────────────────────────────────────────────────────────────────────────────────
+
+
+def read_tensor(reader: SourceReader, info: TensorInfo) -> Array:
+    """A whole tensor, in the numpy dtype that holds its bits, shaped as on disk."""
+    array = np.empty(info.numel, arrays.storage_dtype(info.dtype))
+    reader.read(info, 0, info.numel, array)
+    return array.reshape(info.shape)
+
+
+class LayerReader:
+    """Decodes a stored layer tile by tile, from any number of threads."""
+
+    def __init__(self, stored: Stored, name: str, reader: SourceReader) -> None:
+        self.layer, self.method = stored.layers[name]
+        self._container = stored.container
+        self._reader = reader
+        self.tiles = tuple(self._container.tiles(self.layer, self.method, TILE_ELEMENTS))
+        local = {spec.name.removeprefix(f"{name}."): spec.name for spec in stored.specs(name)}
+        self._infos = {part: stored.tensors[full] for part, full in local.items()}
+        tiled = {write.part for tile in self.tiles for write in tile.writes}
+        whole = {p: read_tensor(reader, i) for p, i in self._infos.items() if p not in tiled}
+        self._state = self._container.state(whole, self.layer, self.method)
+
+    def decode(self, tile: Tile) -> Array:
+        """float32 weights of one tile, shaped as the block that was quantized."""
+        return self._container.decode(tile, self._parts(tile), self._state, self.method)
+
+    def _parts(self, tile: Tile) -> Parts:
+        pieces: dict[str, list[Array]] = {}
+        for write in tile.writes:
+            info = self._infos[write.part]
+            itemsize = ITEMSIZE[info.dtype]
+            piece = np.empty(write.nbytes // itemsize, arrays.storage_dtype(info.dtype))
+            start = write.offset // itemsize
+            self._reader.read(info, start, start + len(piece), piece)
+            pieces.setdefault(write.part, []).append(piece)
+        return {part: np.concatenate(found) for part, found in pieces.items()}
+
+    def weight(self) -> Array:
+        """The whole dequantized weight, float32, oriented as the source's tensor."""
+        flat = np.empty(self.layer.tensor.numel, np.float32)
+        for tile in self.tiles:
+            block = self.decode(tile)
+            values = (block.T if tile.transposed else block).reshape(-1)
+            at = 0
+            for start, stop in tile.reads:
+                flat[start:stop] = values[at : at + stop - start]
+                at += stop - start
+        return flat.reshape(self.layer.tensor.shape)

@@ -1,0 +1,248 @@
+"""Level 1, contract: is what lies on disk what formats/<name> says, and nothing else?
+
+No weight is decoded and no torch imported: config.json against its schema, every tensor of every
+quantized layer against tensors.json, the index against the headers, the skip list against the
+model's linear layers, the files against the manifest's hashes. Loaders check almost none of this:
+transformers 5.23 loads missing tensors as random ones and ignores an unknown quant_method.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qconvert import contract, linears, shards, sidefiles
+from qconvert.errors import QConvertError
+from qconvert.manifest import RUN_LOG_NAME
+from qconvert.safepath import read_bytes
+from qconvert.source import SourceReader
+from qconvert.staging import MANIFEST_NAME
+from qconvert.stored import Stored, read_tensor
+from qconvert.types import JSON, Array, Check, Kind, Plan, Report, Structure, TensorInfo, TensorSpec
+from qconvert.validate import schema
+from qconvert.validate.hashing import Hashing
+from qconvert.validate.reports import CONTRACT, listed
+
+
+def check_contract(
+    stored: Stored, *, structure: Structure | None = None, plan: Plan | None = None
+) -> Report:
+    """Checks a quantized folder against formats/<name>, its manifest and, if given, its plan.
+
+    `structure` is the model's, computed when not given. Report.data: files, tensors, layers,
+    bytes. Never raises for what the folder holds.
+    """
+    structure = structure or linears.structure(stored.config, stored.source_shapes())
+    stored = stored.seen_as(structure)
+    checks = [
+        _check("quantization_config follows its schema", _config(stored)),
+        _check("config.json brings no code", _code(stored.config)),
+        _check("every quantized layer has its tensors", _tensors(stored)),
+        _check("no tensor is unexpected", _unexpected(stored, structure)),
+        _check("index and headers agree", _index(stored)),
+        _check("every linear layer is quantized or listed", _skip_list(stored, structure)),
+    ]
+    if stored.manifest is not None:
+        checks.append(_check("layers are those of the manifest", _against_manifest(stored)))
+        checks.append(_check("files have the manifest's hashes", _hashes(stored, stored.manifest)))
+    if plan is not None:
+        checks.append(_check("files are those of the plan", _against_plan(stored, plan)))
+    data: JSON = {
+        "files": len(stored.checkpoint.files),
+        "tensors": len(stored.tensors),
+        "layers": len(stored.layers),
+        "bytes": sum(file.size for file in stored.checkpoint.files.values()),
+    }
+    return Report(CONTRACT, checks, data)
+
+
+def unreadable(error: QConvertError) -> Report:
+    """The report on a folder that cannot even be opened as a checkpoint."""
+    return Report(CONTRACT, [Check("the folder can be read", False, str(error))])
+
+
+def _check(name: str, violations: Iterable[str]) -> Check:
+    found = list(violations)
+    return Check(name, not found, listed(found))
+
+
+# ── config.json ──────────────────────────────────────────────────────────────────────────────
+
+
+def _config(stored: Stored) -> Iterable[str]:
+    data = contract.load(stored.container.name)
+    for violation in schema.violations(stored.config["quantization_config"], data.schema):
+        yield f"config.json, {violation}"
+
+
+def _code(config: JSON) -> Iterable[str]:
+    return [f"config.json, {key} can load code" for key in sidefiles.code_keys(config)]
+
+
+def _skip_list(stored: Stored, structure: Structure) -> Iterable[str]:
+    """Every linear layer is quantized or listed, and none is both."""
+    quantized = {layer.module for layer, _ in stored.layers.values()}
+    key = contract.load(stored.container.name).data["skip_list"]
+    listed = stored.config["quantization_config"].get(key)
+    heads = {role.module for role in structure.roles.values() if role.kind is Kind.HEAD}
+    for path, name in structure.modules.items():
+        if path in quantized:
+            if any(_covers(entry, path) for entry in listed or ()):
+                yield f"config.json, {key} names {path}, which is quantized"
+        elif listed is None:  # then a loader leaves the output head alone, and nothing else
+            if name is not None and path not in heads:
+                yield f"{path} is neither quantized nor listed: {key} is null"
+        elif not any(_covers(entry, path) for entry in listed):
+            yield f"{path} is neither quantized nor listed in {key}"
+        if name is None and any(part.isdigit() for part in path.split(".")):
+            yield f"{path} has no tensor at all"
+
+
+def _covers(entry: str, path: str) -> bool:
+    """Whether a skip-list entry means a module: its path, a prefix of it, or its last names."""
+    return path == entry or path.startswith(f"{entry}.") or path.endswith(f".{entry}")
+
+
+# ── tensors ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _tensors(stored: Stored) -> Iterable[str]:
+    """Each layer's tensors have the names, dtypes, shapes and constant values of tensors.json."""
+    data = contract.load(stored.container.name)
+    with SourceReader(stored.checkpoint) as reader:
+        for name, (layer, method) in stored.layers.items():
+            env = contract.environment(layer, method)
+            for rule in data.rules(stored.container.variant(method), env):
+                spec = rule.spec(env)
+                full = f"{name}.{spec.name}"
+                info = stored.tensors.get(full)
+                if info is None:
+                    yield f"tensor {full} is missing: expected {spec.dtype} {list(spec.shape)}"
+                    continue
+                where = f"{info.file}, tensor {full}"
+                if (info.dtype, info.shape) != (spec.dtype, spec.shape) and not (
+                    stored.manifest is None and _unpadded(spec, info)
+                ):
+                    yield (
+                        f"{where}: expected {spec.dtype} {list(spec.shape)}, "
+                        f"got {info.dtype} {list(info.shape)}"
+                    )
+                elif rule.value is not None:
+                    expected = _constant(rule.value, env)
+                    found = read_tensor(reader, info)
+                    if not np.array_equal(found.reshape(-1), expected.astype(found.dtype)):
+                        yield f"{where}: expected {_short(expected)}, got {_short(found)}"
+
+
+def _unpadded(spec: TensorSpec, info: TensorInfo) -> bool:
+    """Others write the JSON of a quant_state without the spaces that make its width known."""
+    text = ".quant_state." in spec.name and info.dtype == "U8" and len(info.shape) == 1
+    return text and info.shape < spec.shape
+
+
+def _constant(value: Any, env: Mapping[str, Any]) -> Array:
+    if isinstance(value, str):
+        return np.frombuffer(value.format_map(env).encode(), np.uint8)
+    return np.asarray(value).reshape(-1)
+
+
+def _short(array: Array) -> str:
+    return np.array2string(array.reshape(-1), threshold=6, edgeitems=2)
+
+
+def _unexpected(stored: Stored, structure: Structure) -> Iterable[str]:
+    """Whatever is not a layer's must be a tensor of the model, in a dtype it can compute in."""
+    for name, info in stored.copies.items():
+        stem = name.rpartition(".")[0]
+        where = f"{info.file}, tensor {name}"
+        if name not in structure.roles:
+            yield f"{where} belongs to nothing"
+        elif stem in stored.layers and not name.endswith(".bias"):
+            yield f"{where} is no part of the quantized layer {stem}"
+        elif name.endswith(".weight") and info.dtype not in ("F32", "F16", "BF16"):
+            yield f"{where}: expected a floating-point weight, got {info.dtype}"
+
+
+def _index(stored: Stored) -> Iterable[str]:
+    """Names and shards were compared when the folder was opened; here its size."""
+    root = stored.root
+    if len(stored.checkpoint.files) == 1 and shards.WEIGHTS in stored.checkpoint.files:
+        return
+    _, claimed = shards.read_index(read_bytes(root, shards.INDEX, shards.MAX_INDEX_BYTES))
+    actual = sum(info.nbytes for info in stored.tensors.values())
+    if claimed is not None and claimed != actual:
+        yield f"{shards.INDEX}: expected total_size {actual}, got {claimed}"
+
+
+# ── manifest and plan ────────────────────────────────────────────────────────────────────────
+
+
+def _against_manifest(stored: Stored) -> Iterable[str]:
+    assert stored.manifest is not None
+    plan: JSON = stored.manifest.get("plan", {})
+    planned: JSON = plan.get("layers", {})
+    yield from _layer_differences(stored, planned)
+    kept: Mapping[str, str] = plan.get("kept", {})
+    for name, reason in kept.items():
+        if not reason:
+            yield f"tensor {name} is kept without a reason"
+        if name not in stored.tensors and not reason.startswith("tied"):
+            yield f"tensor {name} is missing"
+    for name, info in stored.copies.items():
+        if name not in kept:
+            yield f"{info.file}, tensor {name} is not in the plan"
+
+
+def _layer_differences(stored: Stored, planned: Mapping[str, JSON]) -> Iterable[str]:
+    for name, options in planned.items():
+        if name not in stored.layers:
+            yield f"layer {name} is not quantized"
+            continue
+        found = stored.layers[name][1].options()
+        for key, value in options.items():
+            if key in found and found[key] != value:
+                yield f"layer {name}: expected {key} {value}, got {found[key]}"
+    for name in stored.layers.keys() - planned.keys():
+        yield f"layer {name} is quantized, and was not planned to be"
+
+
+def _hashes(stored: Stored, manifest: JSON) -> Iterable[str]:
+    """Every file of the manifest has its sha256, and there is no other file."""
+    expected: Mapping[str, str] = manifest["files"]
+    there = {path.relative_to(stored.root).as_posix() for path in _files(stored.root)}
+    for name in sorted(there - expected.keys() - {MANIFEST_NAME, RUN_LOG_NAME}):
+        yield f"{name} is not in {MANIFEST_NAME}"
+    for name in sorted(expected.keys() - there):
+        yield f"{name} is missing"
+    present = sorted(expected.keys() & there)
+    with Hashing(stored.root, present, threads=len(os.sched_getaffinity(0))) as hashing:
+        found = hashing.result()
+    for name in present:
+        if found[name] != expected[name]:
+            yield f"{name}: expected sha256 {expected[name]}, got {found[name]}"
+
+
+def _files(root: Path) -> Iterable[Path]:
+    return (path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
+def _against_plan(stored: Stored, plan: Plan) -> Iterable[str]:
+    yield from _layer_differences(
+        stored, {e.layer.name: e.method.options() for e in plan.quantized() if e.layer}
+    )
+    for shard in plan.shards:
+        size = (stored.root / shard.name).stat().st_size
+        if size != shard.size:
+            yield f"{shard.name}: expected {shard.size} bytes, got {size}"
+        elif (stored.root / shard.name).open("rb").read(len(shard.header)) != shard.header:
+            yield f"{shard.name}: the header is not the planned one"
+    for name, data in plan.generated.items():
+        if (stored.root / name).read_bytes() != data:
+            yield f"{name} is not the planned one"
+    for name, size in plan.copied.items():
+        if (stored.root / name).stat().st_size != size:
+            yield f"{name}: expected {size} bytes"

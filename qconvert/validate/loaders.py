@@ -1,0 +1,177 @@
+"""The same model three ways: from its source, by its stock loader, and by our own dequantization.
+
+`dequantized` puts the weights that *we* read out of the folder into the plain model class: what
+the stock loader builds must say the same. For bitsandbytes the stock loader is `from_pretrained`
+of transformers. transformers 5 does not read HQQ checkpoints (it warns and leaves random
+weights), so there the hqq library's own HQQLinear is put in the listed places: its unpacking, its
+arithmetic, its idea of the nineteen tensors.
+
+Nothing here may run code that a checkpoint brings: `trust_remote_code=False` everywhere, weights
+from safetensors alone, and the type names that hqq passes to `eval` are looked at first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qconvert.errors import ContractViolation
+from qconvert.plan import announced_dtype
+from qconvert.source import SourceReader
+from qconvert.stored import LayerReader, Stored, read_tensor
+from qconvert.types import TORCH_NAMES, TensorInfo
+
+Model = Any
+Tensor = Any
+
+_SAFE: dict[str, Any] = {
+    "trust_remote_code": False,
+    "local_files_only": True,
+    "use_safetensors": True,
+    "output_loading_info": True,
+}
+_KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model, the loader's complaints (`missing_keys: x`) and the loader's name."""
+
+    model: Model
+    complaints: frozenset[str]
+    loader: str
+
+
+def config_of(folder: Path) -> Any:
+    """The configuration as transformers reads it, of a class that transformers ships."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def model_class(config: Any) -> Any:
+    """The class that config.json names, or the bare model of its kind."""
+    import transformers
+
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.AutoModel
+
+
+def source(folder: Path, dtype: Any, device: str) -> Loaded:
+    """The full-precision model, in the dtype that the quantized one computes in."""
+    cls = model_class(config_of(folder))
+    model, info = cls.from_pretrained(folder, dtype=dtype, **_SAFE)
+    return Loaded(model.to(device), _complaints(info), f"transformers {_version('transformers')}")
+
+
+def compute_dtype(stored: Stored) -> Any:
+    """The torch dtype that a stored model computes in."""
+    return getattr(torch, TORCH_NAMES[announced_dtype(stored.checkpoint)])
+
+
+def dequantized(stored: Stored, dtype: Any, device: str) -> Loaded:
+    """The plain model class with the weights that our decoder reads out of the folder."""
+    config = config_of(stored.root)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with SourceReader(stored.checkpoint) as reader:
+        weights = {
+            name: to_torch(read_tensor(reader, info), info.dtype)
+            for name, info in stored.copies.items()
+        }
+        for name, (layer, _) in stored.layers.items():
+            weight = torch.from_numpy(LayerReader(stored, name, reader).weight())
+            weights[layer.tensor.name] = weight.to(dtype)
+    model, info = model_class(config).from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    return Loaded(model.to(device), _complaints(info), "own dequantization")
+
+
+def bitsandbytes(stored: Stored, device: str) -> Loaded:
+    """`from_pretrained`, as a user calls it."""
+    cls = model_class(config_of(stored.root))
+    place = {"device_map": {"": 0}} if device == "cuda" else {}
+    model, info = cls.from_pretrained(stored.root, dtype="auto", **place, **_SAFE)
+    name = (
+        f"transformers {_version('transformers')} {cls.__name__}.from_pretrained, "
+        f"bitsandbytes {_version('bitsandbytes')}"
+    )
+    return Loaded(model, _complaints(info), name)
+
+
+def hqq(stored: Stored, plain: Loaded, device: str) -> Loaded:
+    """The plain model with HQQLinear in the place of every quantized layer.
+
+    `plain` is the result of `dequantized` and is changed in place. HQQLinear computes in its
+    dtype.
+    """
+    from hqq.core.quantize import HQQLinear
+
+    model = plain.model
+    with SourceReader(stored.checkpoint) as reader:
+        for name, (layer, _) in stored.layers.items():
+            parts = {spec.name.removeprefix(f"{name}."): spec.name for spec in stored.specs(name)}
+            if layer.has_bias:
+                parts["bias"] = f"{name}.bias"
+            infos = {part: stored.tensors[full] for part, full in parts.items()}
+            state = {p: to_torch(read_tensor(reader, i), i.dtype) for p, i in infos.items()}
+            for part in ("compute_dtype", "unpack_view_dtype"):
+                _refuse_code(bytes(state[part].tolist()), infos[part])
+            linear = HQQLinear(None, None, compute_dtype=model.dtype, device=device)
+            linear.load_state_dict(state)
+            parent, _, child = layer.module.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear)
+    return Loaded(model, plain.complaints, f"hqq {_version('hqq')} HQQLinear")
+
+
+def _refuse_code(text: bytes, info: TensorInfo) -> None:
+    """hqq.core.utils.decode_safetensor_type hands these bytes of a checkpoint to `eval`."""
+    if not re.fullmatch(rb"torch\.\w+", text):
+        raise ContractViolation(
+            "not the name of a type",
+            file=info.file,
+            tensor=info.name,
+            expected="torch.<type>",
+            got=text.decode("ascii", "replace"),
+        )
+
+
+def cpu_refusal(stored: Stored) -> str:
+    """Why bitsandbytes' CPU kernels cannot run a stored 4-bit layer, or "".
+
+    `dequantize_4bit` is wrong on a CPU for in_features % 64 != 0, and the forward pass asserts
+    out_features % 32 == 0 (bitsandbytes 0.50.2): the stored bytes are right all the same.
+    """
+    for name, (layer, method) in stored.layers.items():
+        if method.bits == 4 and (layer.in_features % 64 or layer.out_features % 32):
+            return (
+                f"bitsandbytes' 4-bit CPU kernel cannot run {name} "
+                f"[{layer.out_features}, {layer.in_features}]: it needs multiples of 32 and 64"
+            )
+    return ""
+
+
+def to_torch(array: Any, dtype: str) -> Tensor:
+    """A tensor over the bits of a numpy array in a safetensors dtype."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.view(torch.bfloat16) if dtype == "BF16" else tensor
+
+
+def _complaints(info: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(f"{key}: {item}" for key in _KEYS for item in info.get(key, ()))
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

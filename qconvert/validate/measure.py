@@ -1,0 +1,173 @@
+"""What a loaded model says: logits on a text, how far two models' differ, a continuation.
+
+Every model sees the same windows of held-out text. Logits are kept in float32 for at most two
+models at a time, and the number of tokens is cut so that this stays small for a vocabulary of any
+size and takes seconds on a CPU for a model of any size: a few hundred tokens fix the mean KL
+divergence to some per cent, which is all that a bound needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qconvert.types import JSON
+
+Model = Any
+Tensor = Any
+
+WINDOW = 512
+MIN_TOKENS = 64
+LOGIT_BYTES = 1 << 27
+"""Of one model; two are held."""
+FLOP_BUDGET = 4e11
+"""Of one forward pass over the text: seconds on two cores."""
+PROMPT_TOKENS = 12
+NEW_TOKENS = 40
+_BATCH_BYTES = 1 << 25
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Windows of token ids (int64 [windows, tokens]) and how they came about."""
+
+    ids: Tensor
+    prompt: Tensor
+    kind: str
+    decode: Callable[[list[int]], str]
+
+
+def read_text(
+    folder: Path, text: Path, config: Any, *, parameters: int, max_tokens: int, seed: int
+) -> Text:
+    """The held-out text in the model's own tokens, or random ones if it has no tokenizer."""
+    sizes = config.get_text_config()
+    vocab = int(sizes.vocab_size)
+    positions = getattr(sizes, "max_position_embeddings", None) or WINDOW
+    budget = min(max_tokens, LOGIT_BYTES // (4 * vocab), int(FLOP_BUDGET / (2 * parameters)))
+    window = min(WINDOW, positions - 2, max(budget, MIN_TOKENS))  # RoBERTa's start at 2
+    count = max(1, budget // window)
+    try:
+        encode, decode = _tokenizer(folder)
+        # A token is at least one character of an ordinary text: more need not be encoded.
+        tokens = encode(text.read_text("utf-8")[: 8 * count * window])
+    except (OSError, ValueError) as why:
+        return _random(vocab, count, window, seed, f"random tokens ({why})")
+    if len(tokens) < count * window or max(tokens) >= vocab:
+        return _random(vocab, count, window, seed, "random tokens (the tokenizer does not fit)")
+    ids = torch.tensor(tokens[: count * window], dtype=torch.int64).reshape(count, window)
+    return Text(ids, ids[:1, :PROMPT_TOKENS], f"held-out text {text.name}", decode)
+
+
+def _random(vocab: int, count: int, window: int, seed: int, kind: str) -> Text:
+    ids = torch.randint(vocab, (count, window), generator=torch.Generator().manual_seed(seed))
+    return Text(ids, ids[:1, :PROMPT_TOKENS], kind, lambda tokens: " ".join(map(str, tokens)))
+
+
+def _tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
+    """`tokenizer.json` if there is one: nothing of it is code. Raises OSError or ValueError."""
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as e:
+            raise ValueError(f"tokenizer.json is not readable: {e}") from e
+        fast.no_truncation()
+        fast.no_padding()
+        return lambda text: list(fast.encode(text).ids), lambda ids: str(fast.decode(ids))
+    from transformers import AutoTokenizer
+
+    try:
+        slow = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as e:
+        raise ValueError("no usable tokenizer") from e
+    return slow.encode, slow.decode
+
+
+def is_causal(model: Model) -> bool:
+    """Whether the model predicts the next token of what it reads."""
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder
+
+
+def outputs(model: Model, ids: Tensor) -> Tensor:
+    """Logits [windows, tokens, vocab], or the first output of a model without a causal head.
+
+    float32, on the CPU.
+    """
+    vocab = int(model.config.get_text_config().vocab_size)
+    batch = max(1, _BATCH_BYTES // (4 * vocab * ids.shape[1]))
+    results = []
+    for part in ids.split(batch):
+        inputs = {"input_ids": part.to(model.device)}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        with torch.inference_mode():
+            out = model(**inputs)
+        first = out["logits"] if "logits" in out else out[0]
+        results.append(first.float().cpu())
+    return torch.cat(results)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """‖theirs − ours‖ / ‖ours‖ over all elements, summed in float64."""
+    squares = torch.zeros((), dtype=torch.float64)
+    norm = torch.zeros((), dtype=torch.float64)
+    for a, b in zip(ours, theirs, strict=True):
+        squares += (a - b).double().square().sum()
+        norm += a.double().square().sum()
+    return math.sqrt(squares.item() / norm.item()) if norm else math.sqrt(squares.item())
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Of a model from a reference, means over all tokens; KL in nats, reference ‖ model."""
+
+    kl: float
+    top1: float
+    perplexity_reference: float
+    perplexity: float
+
+
+def divergence(reference: Tensor, logits: Tensor, ids: Tensor) -> Divergence:
+    """Compares two models' logits [windows, tokens, vocab] on `ids` [windows, tokens]."""
+    kl = agree = surprise_reference = surprise = 0.0
+    for a, b, tokens in zip(reference, logits, ids, strict=True):
+        p, q = a.log_softmax(-1), b.log_softmax(-1)
+        kl += (p.exp() * (p - q)).sum(-1).double().sum().item()
+        agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        following = tokens[1:, None]
+        surprise_reference -= p[:-1].gather(-1, following).double().sum().item()
+        surprise -= q[:-1].gather(-1, following).double().sum().item()
+    predicted = ids.numel() - len(ids)
+    return Divergence(
+        kl=kl / ids.numel(),
+        top1=agree / ids.numel(),
+        perplexity_reference=_exp(surprise_reference / predicted),
+        perplexity=_exp(surprise / predicted),
+    )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def continuation(model: Model, prompt: Tensor, *, sample_seed: int | None = None) -> list[int]:
+    """The tokens a model puts after `prompt` [1, tokens]: greedily, or sampled with a seed."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(pad_token_id=0)  # no stop, no penalties, no beams
+    sampling: JSON = {"do_sample": False}
+    if sample_seed is not None:
+        torch.manual_seed(sample_seed)
+        sampling = {"do_sample": True, "top_k": 0}
+    prompt = prompt.to(model.device)
+    tokens = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, **sampling
+    )
+    return [int(token) for token in tokens[0, prompt.shape[1] :]]

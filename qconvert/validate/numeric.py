@@ -1,0 +1,331 @@
+"""Level 2, numeric: are the numbers on disk the source's numbers, as nearly as the method allows?
+
+Every quantized tensor is decoded from the bytes of the file, a tile at a time, and compared with
+its source weight: the relative error ‖w − ŵ‖ / ‖w‖ must lie in the band of formats/<name>. A
+tensor's error hides a damaged corner, so each group of weights that shares a scale is looked at
+too: a zeroed or a doubled scale ruins one group entirely (error 1) and moves the error of a large
+tensor by nothing. Everything that was not quantized must be the source's, bit for bit or by the
+planned cast.
+
+A group a thousand times fainter than the others of its tile is left out of that: a neuron that
+died in training, with weights of 1e-12, rounds to zero in every format and matters in none.
+
+Sums are taken in float64 over one tile and then in tile order, so that the figures do not depend
+on the number of threads. The source's files are hashed meanwhile: the report holds for exactly
+these bytes, and can be cited later without them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+
+from qconvert import arrays, contract, linears
+from qconvert.source import SourceReader
+from qconvert.stored import LayerReader, Stored
+from qconvert.tiles import TILE_ELEMENTS, read_tile
+from qconvert.types import (
+    ITEMSIZE,
+    JSON,
+    Array,
+    Check,
+    Checkpoint,
+    Report,
+    Structure,
+    TensorInfo,
+    Tile,
+)
+from qconvert.validate.hashing import Hashing
+from qconvert.validate.reports import NUMERIC, Progress, listed, rounded
+
+T = TypeVar("T")
+
+_WORST = 5
+_FAINT = 1e-6
+"""Of the tile's mean Σ w² of a group: a thousandth of its magnitude."""
+
+
+@dataclass(slots=True)
+class Errors:
+    """What a tile, or a whole tensor, comes to."""
+
+    noise: float = 0.0
+    """Σ (ŵ − w)²"""
+    signal: float = 0.0
+    """Σ w²"""
+    max_abs: float = 0.0
+    worst_group: float = 0.0
+    """The largest relative error of a group that shares a scale."""
+    lost_groups: int = 0
+    """Groups that come back as nothing but zeros."""
+    non_finite: int = 0
+
+    def add(self, other: Errors) -> None:
+        self.noise += other.noise
+        self.signal += other.signal
+        self.max_abs = max(self.max_abs, other.max_abs)
+        self.worst_group = max(self.worst_group, other.worst_group)
+        self.lost_groups += other.lost_groups
+        self.non_finite += other.non_finite
+
+    @property
+    def relative(self) -> float:
+        """‖w − ŵ‖ / ‖w‖; infinite where zeros came back as something else."""
+        if self.signal:
+            return math.sqrt(self.noise / self.signal)
+        return math.inf if self.noise else 0.0
+
+
+def check_numeric(
+    stored: Stored,
+    checkpoint: Checkpoint,
+    *,
+    structure: Structure | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compares every tensor of a quantized folder with the checkpoint it was made from.
+
+    Report.data: relative_error over all quantized weights, worst_tensors, tensors (per layer:
+    bits, relative error, largest absolute error, worst group) and source_sha256 by file.
+    Memory: `threads` tiles of about 4 M weights. Raises CorruptFile if a file changes meanwhile.
+    """
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    stored = stored.seen_as(structure or linears.structure(checkpoint.config, shapes))
+    workers = threads or len(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        source = stack.enter_context(SourceReader(checkpoint))
+        result = stack.enter_context(SourceReader(stored.checkpoint))
+        hashing = stack.enter_context(Hashing(checkpoint.root, checkpoint.files))
+        pool = stack.enter_context(ThreadPoolExecutor(workers, "compare"))
+        comparison = _Comparison(
+            stored, checkpoint, source, result, partial(_in_order, pool, 2 * workers), progress
+        )
+        strays = list(comparison.strays())
+        layers = comparison.layers() if not strays else {}
+        copies = comparison.copies() if not strays else []
+        for file in checkpoint.files:
+            source.check_unchanged(file)
+        sha256 = hashing.result()
+    if strays:
+        return Report(NUMERIC, [_check("source and result have the same tensors", strays)])
+    checks = [*_judge(stored, layers), _check("copies are the source's", copies)]
+    return Report(NUMERIC, checks, _figures(stored, layers) | {"source_sha256": sha256})
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """Both checkpoints, open, and who does the work."""
+
+    stored: Stored
+    checkpoint: Checkpoint
+    source: SourceReader
+    result: SourceReader
+    run: Callable[[Iterator[Callable[[], Any]]], Iterator[Any]]
+    progress: Progress | None
+
+    def strays(self) -> Iterator[str]:
+        """Tensors of one that are not in the other with the same shape."""
+        shapes = self.stored.source_shapes()
+        for name, shape in shapes.items():
+            info = self.checkpoint.tensors.get(name)
+            if info is None:
+                yield f"the source has no tensor {name}"
+            elif info.shape != shape:
+                yield f"tensor {name}: expected {list(info.shape)} as the source, got {list(shape)}"
+        for name in self.checkpoint.tensors.keys() - shapes.keys():
+            if not self._is_double(name):
+                yield f"tensor {name} of the source is missing"
+        for name in sorted(self.stored.owned - self.stored.tensors.keys()):
+            yield f"tensor {name} is missing"
+
+    def _is_double(self, name: str) -> bool:
+        """Whether a tensor of the source equals a stored one, so that a tie replaces it."""
+        info = self.checkpoint.tensors[name]
+        twins = (self.checkpoint.tensors[twin] for twin in self.stored.copies)
+        return any(
+            all(
+                np.array_equal(_bits(self.source, info, *run), _bits(self.source, twin, *run))
+                for run in _runs(info)
+            )
+            for twin in twins
+            if (twin.dtype, twin.shape) == (info.dtype, info.shape)
+        )
+
+    def layers(self) -> dict[str, Errors]:
+        """Errors of every quantized layer, by name on disk."""
+        names = [layer.tensor.name for layer, _ in self.stored.layers.values()]
+        total = sum(self.checkpoint.tensors[name].nbytes for name in names)
+        done = 0
+        found = {name: Errors() for name in self.stored.layers}
+        for name, nbytes, errors in self.run(self._tiles()):
+            found[name].add(errors)
+            done += nbytes
+            if self.progress is not None:
+                self.progress(done, total, f"comparing {name}")
+        return found
+
+    def _tiles(self) -> Iterator[Callable[[], tuple[str, int, Errors]]]:
+        for name, (layer, _) in self.stored.layers.items():
+            reader = LayerReader(self.stored, name, self.result)
+            tensor = self.checkpoint.tensors[layer.tensor.name]
+            for tile in reader.tiles:
+                yield partial(self._compare_tile, name, reader, tensor, tile)
+
+    def _compare_tile(
+        self, name: str, reader: LayerReader, tensor: TensorInfo, tile: Tile
+    ) -> tuple[str, int, Errors]:
+        weights = arrays.to_float32(read_tile(self.source, tensor, tile), tensor.dtype)
+        decoded = reader.decode(tile)
+        errors = compare(_groups(weights, reader), _groups(decoded, reader))
+        return name, tile.numel * ITEMSIZE[tensor.dtype], errors
+
+    def copies(self) -> list[str]:
+        """Copied tensors that are not the source's."""
+        return [wrong for wrong in self.run(self._copies()) if wrong]
+
+    def _copies(self) -> Iterator[Callable[[], str]]:
+        for name, info in self.stored.copies.items():
+            yield partial(self._compare_copy, self.checkpoint.tensors[name], info)
+
+    def _compare_copy(self, original: TensorInfo, copy: TensorInfo) -> str:
+        differing = 0
+        for run in _runs(original):
+            expected = _bits(self.source, original, *run)
+            if copy.dtype != original.dtype:
+                bits = expected.view(arrays.storage_dtype(original.dtype))
+                cast = arrays.from_float32(arrays.to_float32(bits, original.dtype), copy.dtype)
+                expected = cast.view(f"u{cast.itemsize}")
+            differing += int(np.count_nonzero(expected != _bits(self.result, copy, *run)))
+        if not differing:
+            return ""
+        return f"{copy.file}, tensor {copy.name}: {differing:,} of {copy.numel:,} values differ"
+
+
+def compare(weights: Array, decoded: Array) -> Errors:
+    """Errors of `decoded` against `weights`, float32 [groups, group] each."""
+    bad = int(decoded.size - np.count_nonzero(np.isfinite(decoded)))
+    if bad:
+        return Errors(non_finite=bad)
+    signal = np.add.reduce(np.square(weights), axis=1, dtype=np.float64)
+    difference = np.abs(decoded - weights)
+    noise = np.add.reduce(np.square(difference), axis=1, dtype=np.float64)
+    total = float(signal.sum())
+    heard = (signal > _FAINT * total / max(1, len(signal))) | ((signal == 0) & (noise > 0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = (noise / signal)[heard]
+    lost = heard & (signal > 0) & ~decoded.any(axis=1)
+    return Errors(
+        noise=float(noise.sum()),
+        signal=total,
+        max_abs=float(difference.max(initial=0.0)),
+        worst_group=float(np.sqrt(ratios.max(initial=0.0))),
+        lost_groups=int(np.count_nonzero(lost)),
+    )
+
+
+def _groups(block: Array, reader: LayerReader) -> Array:
+    """A block as [groups, group], the weights that share a scale side by side."""
+    method: Any = reader.method
+    if getattr(method, "axis", 1) == 0:
+        return np.ascontiguousarray(block.T)
+    size = getattr(method, "group_size", None) or getattr(method, "blocksize", None)
+    return block.reshape(-1, size or reader.layer.in_features)
+
+
+# ── verdict ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _judge(stored: Stored, layers: Mapping[str, Errors]) -> list[Check]:
+    broken, outside, groups, lost = [], [], [], []
+    data = contract.load(stored.container.name)
+    for name, errors in sorted(layers.items(), key=lambda item: -item[1].relative):
+        layer, method = stored.layers[name]
+        where = f"{_file(stored, name)}, layer {name}"
+        band = data.band(stored.container.variant(method), contract.environment(layer, method))
+        if errors.non_finite:
+            broken.append(f"{where}: {errors.non_finite:,} weights are NaN or Inf")
+        if not band.low <= errors.relative <= band.high and not errors.non_finite:
+            outside.append(
+                f"{where}: expected a relative error from {band.low:g} to {band.high:g}, "
+                f"got {errors.relative:.4g}"
+            )
+        if errors.worst_group > band.group_high:
+            groups.append(
+                f"{where}: expected ≤ {band.group_high:g} in every group, "
+                f"got {errors.worst_group:.4g}"
+            )
+        if errors.lost_groups:
+            lost.append(f"{where}: {errors.lost_groups:,} groups")
+    return [
+        _check("every weight is finite", broken),
+        _check("every tensor's error is as expected", outside),
+        _check("every group's error is as expected", groups),
+        _check("no group is lost", lost),
+    ]
+
+
+def _file(stored: Stored, name: str) -> str:
+    return next(stored.tensors[spec.name].file for spec in stored.specs(name))
+
+
+def _figures(stored: Stored, layers: Mapping[str, Errors]) -> JSON:
+    whole = Errors()
+    for errors in layers.values():
+        whole.add(errors)
+    tensors = [
+        {
+            "name": name,
+            "bits": stored.layers[name][1].bits,
+            "relative_error": rounded(errors.relative),
+            "max_abs": rounded(errors.max_abs),
+            "worst_group": rounded(errors.worst_group),
+        }
+        for name, errors in layers.items()
+    ]
+    worst = sorted(layers, key=lambda name: -layers[name].relative)[:_WORST]
+    return {
+        "relative_error": rounded(whole.relative),
+        "worst_tensors": {name: rounded(layers[name].relative) for name in worst},
+        "tensors": tensors,
+    }
+
+
+def _check(name: str, violations: Iterable[str]) -> Check:
+    found = list(violations)
+    return Check(name, not found, listed(found))
+
+
+# ── reading and working ──────────────────────────────────────────────────────────────────────
+
+
+def _runs(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    for start in range(0, info.numel, TILE_ELEMENTS):
+        yield start, min(start + TILE_ELEMENTS, info.numel)
+
+
+def _bits(reader: SourceReader, info: TensorInfo, start: int, stop: int) -> Array:
+    """Elements [start, stop) as unsigned integers, so that NaN equals itself."""
+    values = np.empty(stop - start, f"u{ITEMSIZE[info.dtype]}")
+    reader.read(info, start, stop, values)
+    return values
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, ahead: int, tasks: Iterator[Callable[[], T]]
+) -> Iterator[T]:
+    """Results in the order of the tasks, which are drawn no further ahead than `ahead`."""
+    waiting: deque[Future[T]] = deque(pool.submit(task) for task in islice(tasks, ahead))
+    while waiting:
+        yield waiting.popleft().result()
+        waiting.extend(pool.submit(task) for task in islice(tasks, 1))

@@ -1,0 +1,150 @@
+"""Level 3, reload: does the stock loader make of these files the model that they describe?
+
+Everything happens in a child process (`child.py`) that has no token and no network, so that a
+crash in a kernel, a hang or an out-of-memory kill is a finding here and not the end of the run.
+The child loads the folder as a user would and looks at what came of it: no key missing or left
+over, the expected class in every layer, logits equal to those of our own dequantization, close in
+distribution to the source's, and text that is not one repeated token.
+
+A model that does not fit into memory three times over is cut to its first two blocks, source and
+result alike (`truncate.py`); what cannot run at all is `skipped`, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import qconvert
+from qconvert.errors import QConvertError
+from qconvert.stored import open_stored
+from qconvert.types import JSON, Check, Report
+from qconvert.validate import isolation, truncate
+from qconvert.validate.reports import RELOAD, Progress
+
+HELD_OUT = Path(qconvert.__file__).parent / "demo" / "heldout.txt"
+MAX_TOKENS = 2048
+TIMEOUT = 1800.0
+"""Seconds; a model that is reloaded whole takes seconds to minutes."""
+
+_STDERR_LINES = 12
+
+
+def check_reload(
+    folder: Path,
+    source: Path | None = None,
+    *,
+    device: str = "auto",
+    text: Path | None = None,
+    seed: int = 0,
+    max_tokens: int = MAX_TOKENS,
+    timeout: float = TIMEOUT,
+    progress: Progress | None = None,
+) -> Report:
+    """Loads a quantized folder with its stock loader, in a child process, and measures it.
+
+    `source` is the checkpoint it was made from; without it there is no perplexity or KL
+    divergence to compare, only the loader against our own dequantization. `device` is "auto"
+    (a GPU where there is one), "cpu" or "cuda". `text` is what perplexity is taken on, the
+    demo's held-out text by default; at most `max_tokens` of it. `timeout` is in seconds.
+
+    Report.data: loader, device, dtype, network, tokens, perplexity {source, quantized},
+    kl (nats a token, source ‖ quantized), top1, loader_error, continuation {prompt, source,
+    quantized}; `truncated` when only the first two blocks were loaded. Never raises for what the
+    files or the loader do: that is in the report.
+    """
+    request: JSON = {
+        "device": device,
+        "text": str(text or HELD_OUT),
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "parent": os.getpid(),
+    }
+    try:
+        blocks = truncate.blocks_to_keep(open_stored(folder))
+    except QConvertError as error:
+        return Report(RELOAD, [Check("the folder can be read", False, str(error))])
+    with tempfile.TemporaryDirectory(prefix="qconvert-reload-") as temporary:
+        scratch = Path(temporary)
+        if blocks is not None:
+            try:
+                folder = truncate.cut(folder, scratch / "quantized", blocks)
+                source = source and truncate.cut(source, scratch / "source", blocks)
+            except ValueError as why:
+                return Report(RELOAD, [], skipped=f"too large for this machine's memory, and {why}")
+        request |= {"folder": str(folder), "source": source and str(source)}
+        report = _run(request, scratch, timeout, progress)
+    if blocks is not None and not report.skipped:
+        report.data["truncated"] = f"first {blocks} blocks: the whole model does not fit here"
+    return report
+
+
+def _run(request: JSON, scratch: Path, timeout: float, progress: Progress | None) -> Report:
+    home = scratch / "home"
+    home.mkdir()
+    with (scratch / "stderr").open("w+b") as stderr:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "qconvert.validate.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=isolation.environment(home),
+        )
+        overdue = threading.Event()
+
+        def give_up() -> None:
+            overdue.set()
+            child.kill()
+
+        timer = threading.Timer(timeout, give_up)
+        try:
+            timer.start()
+            assert child.stdin is not None
+            assert child.stdout is not None
+            with suppress(BrokenPipeError):  # it is dead already; its exit code says how
+                child.stdin.write(json.dumps(request).encode())
+                child.stdin.close()
+            result = _listen(child.stdout, progress)
+            code = child.wait()
+        finally:  # also when a signal handler raised in here
+            timer.cancel()
+            child.kill()
+            child.wait()
+        if result is not None and code == 0:
+            checks = [Check(**check) for check in result["checks"]]
+            return Report(RELOAD, checks, result["data"], result["skipped"])
+        why = f"no answer after {timeout:.0f} s" if overdue.is_set() else _cause(code)
+        return Report(RELOAD, [Check("the reload process ends well", False, why + _tail(stderr))])
+
+
+def _listen(stream: IO[bytes], progress: Progress | None) -> JSON | None:
+    """Passes on the child's progress lines; returns its result, the last line."""
+    result = None
+    for line in stream:
+        message: Any = json.loads(line)
+        if "result" in message:
+            result = message["result"]
+        elif progress is not None:
+            progress(message["step"], message["steps"], f"reload: {message['what']}")
+    return result
+
+
+def _cause(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "killed: out of memory?"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _tail(stderr: IO[bytes]) -> str:
+    stderr.seek(0)
+    lines = stderr.read().decode("utf-8", "replace").splitlines()
+    kept = [line for line in lines if line.strip()][-_STDERR_LINES:]
+    return "".join(f"\n  {line}" for line in kept)

@@ -1,0 +1,123 @@
+"""The reload level as it runs in the child: five steps, each with what it found.
+
+The order is one of memory: a model is gone before the next is built, and only its logits stay.
+The weights that we decode come first, so that a model that cannot run on text alone, however it
+is stored, is told from a loader that fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qconvert import linears
+from qconvert.stored import open_stored
+from qconvert.types import JSON, Check
+from qconvert.validate import judge, loaders, measure
+from qconvert.validate.measure import Text
+
+
+class Impossible(Exception):
+    """Why this model cannot be reloaded here; no finding about the files."""
+
+
+@dataclass(slots=True)
+class Reload:
+    """What was asked for, and what has been found so far."""
+
+    folder: Path
+    source: Path | None
+    text: Path
+    device: str
+    seed: int
+    max_tokens: int
+    tell: Callable[[str], None]
+    checks: list[Check] = field(default_factory=list)
+    data: JSON = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Fills `checks` and `data`. Raises Impossible, or whatever a loader raises."""
+        self.tell("headers")
+        stored = open_stored(self.folder)
+        structure = linears.structure(stored.config, stored.source_shapes())
+        stored = stored.seen_as(structure)
+
+        self._settle_device(torch.cuda.is_available())
+        torch.manual_seed(self.seed)
+        by_hqq = stored.container.name == "hqq"  # loaded by us, so in the dtype that shows most
+        dtype = torch.float32 if by_hqq else loaders.compute_dtype(stored)
+        self.data["dtype"] = str(dtype).removeprefix("torch.")
+
+        self.tell("own dequantization")
+        own: loaders.Loaded | None = loaders.dequantized(stored, dtype, self.device)
+        assert own is not None
+        text = self._read_text(own.model)
+        ours = self._outputs(own.model, text)
+
+        self.tell("stock loader")
+        if by_hqq:
+            stock = loaders.hqq(stored, own, self.device)
+        else:
+            own = None
+            stock = loaders.bitsandbytes(stored, self.device)
+        self.data["loader"] = stock.loader
+        self.checks.append(judge.classes(stored, stock.model, structure))
+        if not by_hqq and self.device == "cpu" and (refusal := loaders.cpu_refusal(stored)):
+            self.checks.append(judge.keys(stock.complaints, frozenset()))
+            raise Impossible(refusal)
+        theirs = measure.outputs(stock.model, text.ids)
+        causal = measure.is_causal(stock.model)
+        self._add(judge.against_ours(stored, ours, theirs, text, self.data["dtype"], causal=causal))
+        quantized = self._continue(stock.model, text) if causal else None
+        complaints = stock.complaints
+        del ours, own, stock
+
+        if self.source is None:
+            self.checks.append(judge.keys(complaints, frozenset()))
+            return
+        self.tell("source model")
+        base = loaders.source(self.source, dtype, self.device)
+        self.checks.append(judge.keys(complaints, base.complaints))
+        reference = measure.outputs(base.model, text.ids)
+        self._add(judge.against_source(stored, reference, theirs, text, causal=causal))
+        if quantized is not None:
+            self._add(judge.continuations(text, self._continue(base.model, text), quantized))
+
+    def _settle_device(self, cuda: bool) -> None:
+        if self.device == "cuda" and not cuda:
+            raise Impossible("no CUDA device in this machine")
+        if self.device == "auto":
+            self.device = "cuda" if cuda else "cpu"
+        self.data["device"] = self.device
+
+    def _read_text(self, model: Any) -> Text:
+        text = measure.read_text(
+            self.folder,
+            self.text,
+            model.config,
+            parameters=model.num_parameters(),
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+        )
+        self.data |= {"text": text.kind, "tokens": text.ids.numel()}
+        return text
+
+    def _outputs(self, model: Any, text: Text) -> Any:
+        try:
+            return measure.outputs(model, text.ids)
+        except Exception as e:
+            raise Impossible(f"{type(model).__name__} does not run on text alone: {e}") from e
+
+    def _continue(self, model: Any, text: Text) -> tuple[list[int], list[int]]:
+        """The model's continuation of the prompt: greedy, and sampled with the seed."""
+        greedy = measure.continuation(model, text.prompt)
+        return greedy, measure.continuation(model, text.prompt, sample_seed=self.seed)
+
+    def _add(self, found: tuple[list[Check], JSON]) -> None:
+        checks, data = found
+        self.checks += checks
+        self.data |= data
