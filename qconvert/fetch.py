@@ -9,7 +9,6 @@ then the weights that the index names, and nothing else (no onnx/, no original/,
 from __future__ import annotations
 
 import errno
-import glob
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ def snapshot(repo_id: str, revision: str | None = None) -> Snapshot:
 def _download(repo_id: str, commit: str, names: Iterable[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [glob.escape(name) for name in names]
+    patterns = list(names)  # none has a wildcard: see sidefiles.wanted and shards.read_index
     return Path(
         _asking_hub(
             lambda: snapshot_download(repo_id, revision=commit, allow_patterns=patterns),

@@ -97,11 +97,6 @@ def open_folder(
         modelconfig.refuse_quantized(config)
     noted = list(warnings)
     files, tensors = read_weights(root, entries, noted)
-    code = sidefiles.code_keys(config)
-    if code:
-        noted.append(
-            f"{modelconfig.FILE}: {', '.join(map(printable, code))} can load code; removed"
-        )
     return Checkpoint(
         root=root,
         name=name or _short_name(root),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -66,9 +67,8 @@ def loads(
     def distinct(pairs: list[tuple[str, Any]]) -> Any:
         members = dict(pairs)
         if len(members) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise refuse(f"duplicate key {printable(twice)!r}")
+            counts = Counter(key for key, _ in pairs)
+            raise refuse(f"duplicate key {printable(counts.most_common(1)[0][0])!r}")
         return members if parse_object is None else parse_object(members)
 
     try:

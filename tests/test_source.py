@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,21 +24,7 @@ from qconvert.errors import (
     UsageError,
 )
 from qconvert.source import SourceReader, open_checkpoint, open_folder
-
-SCRIPT = Path(__file__).parent.parent / "scripts" / "make_bad_cases.py"
-
-
-def _load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_bad_cases", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_bad_cases"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-make = _load_script()
+from tests.tiny_case import make
 
 
 def write(folder: Path, files: dict[str, bytes | None]) -> Path:
@@ -488,13 +471,6 @@ def test_config_loses_code_and_keeps_everything_else() -> None:
         "parts.0.auto_map",
     )
     assert sidefiles.output_config(data, QUANTIZATION, "bfloat16") == (data, ())
-
-
-def test_code_is_reported_when_the_model_is_opened(single: Path) -> None:
-    config = make.CONFIG | {"auto_map": {"AutoModel": "x.Y"}}
-    (single / "config.json").write_bytes(make.dump(config))
-    (warning,) = open_checkpoint(str(single)).warnings
-    assert "auto_map" in warning
 
 
 values = st.recursive(
