@@ -2,31 +2,18 @@
 
 The class is built on the meta device, where a parameter is a shape and costs nothing, its modules
 are walked, and every name on disk is renamed with the loader's own functions, so that what is
-said here is what `from_pretrained` will do. Only a layer that every loader replaces is LINEAR:
+said here is what `from_pretrained` will do. A layer is LINEAR only if it has a tensor of its own on
+disk: a loader that fuses, splits or permutes tensors (WeightConverter) would do so to packed bytes.
+Every other linear layer stays in `Structure.modules`, so that a skip list can name it.
 
-- exactly nn.Linear (bitsandbytes replaces `type(module) is nn.Linear`, hqq and transformers 4.57
-  `isinstance`: they part ways over a subclass, such as nn.MultiheadAttention's out_proj);
-- not in the class's `_keep_in_fp32_modules` (T5's `wo`): bitsandbytes never replaces those;
-- called, never read: Mamba multiplies by `dt_proj.weight` itself, which is packed bytes once it is
-  quantized. Found in the source of the class that owns the layer;
-- with a tensor of its own: a loader that fuses, splits or permutes tensors (WeightConverter) would
-  do so to packed bytes. The same holds for a layer that two paths share.
-
-Everything else is OTHER, and stays in `Structure.modules`, so that a skip list can name it.
 torch and transformers take seconds to import; this module is imported when it is needed.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import re
-import textwrap
 import warnings
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -48,8 +35,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qconvert import modelconfig
 from qconvert.errors import (
@@ -59,21 +44,17 @@ from qconvert.errors import (
     UnsupportedConfig,
     printable,
 )
+from qconvert.kinds import kinds_of
+from qconvert.linears import Tensors
 from qconvert.types import JSON, Kind, Role, Structure
-
-Tensors = Mapping[str, tuple[int, ...]] | Collection[str]
 
 _MODULES_PER_TENSOR = 8
 _FREE_MODULES = 5_000
 """A module without a parameter (dropout, activation, list) is cheap to ask for, so what may be
 built is bounded by the tensors that are there to fill it."""
 
-_ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
-_HARMLESS = ("dtype", "device", "shape", "ndim", "size", "is_meta")
-_DEAD_BRANCHES = ("slow_but_exact",)  # Bloom's replay of Megatron, for pretraining_tp > 1
 
-
-def from_meta(config: JSON, tensors: Mapping[str, tuple[int, ...]] | Collection[str]) -> Structure:
+def from_meta(config: JSON, tensors: Tensors) -> Structure:
     """The structure of the checkpoint whose tensors (names on disk) are given.
 
     Where shapes are given, they must be those of the model. Without `architectures` the causal
@@ -128,7 +109,8 @@ def _guarded(config: JSON, max_modules: int) -> Iterator[None]:
     except QConvertError:
         raise
     except ImportError as error:
-        raise DependencyMissing(f"this model class needs a library: {printable(error)}") from error
+        reason = printable(" ".join(str(error).split()))
+        raise DependencyMissing(f"this model class needs a library: {reason}") from error
     except Exception as error:
         name = printable(config.get("architectures") or config.get("model_type"))
         raise UnsupportedConfig(
@@ -151,8 +133,9 @@ def _classes(config: JSON) -> list[type[Any]]:
         cls: Any = getattr(transformers, name, None) if name.isidentifier() else None
         if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
             raise _unknown(config, "architectures", known, name)
-        if not issubclass(CONFIG_MAPPING[model_type], cls.config_class):
-            expected = f"{cls.config_class.model_type} for {name}"
+        own: Any = cls.config_class  # type: ignore[attr-defined]
+        if not issubclass(CONFIG_MAPPING[model_type], own):
+            expected = f"{own.model_type} for {name}"
             raise _unknown(config, "model_type", expected, model_type)
         return [cls]
     names = [
@@ -214,7 +197,7 @@ def in_memory(model: Any, names: Collection[str]) -> dict[str, tuple[str, bool]]
 
 def _structure(model: Any, tensors: Tensors, known: Mapping[str, tuple[str, bool]]) -> Structure:
     meta = model.state_dict()
-    kinds = _kinds(model)
+    kinds = kinds_of(model)
     renamings, _ = _transforms(model)
     roles: dict[str, Role] = {}
     modules: dict[str, str | None] = {
@@ -270,90 +253,3 @@ def _companions_follow(stem: str, renamings: list[Any]) -> bool:
     """Whether `stem.SCB` is renamed as `stem.weight` is: a renaming may spell out "weight"."""
     renamed = apply_renamings(f"{stem}.weight", renamings).removesuffix("weight")
     return bool(apply_renamings(f"{stem}.SCB", renamings) == f"{renamed}SCB")
-
-
-# ── kinds ────────────────────────────────────────────────────────────────────────────────────
-
-
-def _kinds(model: Any) -> dict[str, Kind]:
-    """Module path → what its parameters are."""
-    kept = [*model._keep_in_fp32_modules, *model._keep_in_fp32_modules_strict]
-    # The loader's own choice; it forgets that the last module's last parameter may be its bias.
-    heads = {key.removesuffix(".bias") for key in get_keys_to_not_convert(model)}
-    everything = dict(model.named_modules(remove_duplicate=False))
-    uses = Counter(id(module) for module in everything.values())
-    kinds = {}
-    for path, module in everything.items():
-        owner, _, leaf = path.rpartition(".")
-        parent: Any = everything[owner]
-        if _is_router(path, module, everything):
-            kinds[path] = Kind.ROUTER
-        elif isinstance(module, nn.Embedding):
-            kinds[path] = Kind.EMBEDDING
-        elif _is_experts(path, module):
-            kinds[path] = Kind.EXPERTS
-        elif not isinstance(module, nn.Linear | Conv1D):
-            kinds[path] = Kind.OTHER
-        elif path in heads:
-            kinds[path] = Kind.HEAD
-        elif (
-            uses[id(module)] > 1
-            or not should_convert_module(path, kept)
-            or leaf in _weights_read(parent.__class__)
-        ):
-            kinds[path] = Kind.OTHER
-        elif isinstance(module, Conv1D):
-            kinds[path] = Kind.CONV1D
-        else:
-            kinds[path] = Kind.LINEAR if type(module) is nn.Linear else Kind.OTHER
-    return kinds
-
-
-def _is_router(path: str, module: nn.Module, everything: Mapping[str, nn.Module]) -> bool:
-    owner, _, leaf = path.rpartition(".")
-    if re.search(r"Router|TopKGate", type(module).__name__):
-        return True
-    if re.search(r"Router|TopKGate", type(everything[owner]).__name__):
-        return isinstance(module, nn.Linear)
-    return leaf in _ROUTER_NAMES and hasattr(everything[owner], "experts")
-
-
-def _is_experts(path: str, module: nn.Module) -> bool:
-    named = "expert" in path.rpartition(".")[2].lower() or "Expert" in type(module).__name__
-    return named and any(p.ndim == 3 for p in module.parameters(recurse=False))
-
-
-@cache
-def _weights_read(cls: type[Any]) -> frozenset[str]:
-    """Children whose `.weight` the class's own code reads as a tensor, by attribute name."""
-    found: set[str] = set()
-    for method in vars(cls).values():
-        if not inspect.isfunction(method) or method.__name__ in ("__init__", "reset_parameters"):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-        except (OSError, TypeError, SyntaxError):  # no source: generated or compiled
-            continue
-        _collect_reads(tree, found)
-    return frozenset(found)
-
-
-def _collect_reads(node: ast.AST, found: set[str]) -> None:
-    match node:
-        case ast.If(test=test) if any(name in ast.unparse(test) for name in _DEAD_BRANCHES):
-            for statement in node.orelse:
-                _collect_reads(statement, found)
-            return
-        case ast.Call(func=ast.Name(id="isinstance")):
-            return
-        case ast.Attribute(value=ast.Attribute(attr="weight"), attr=attr) if attr in _HARMLESS:
-            return
-        case ast.Attribute(
-            value=ast.Attribute(value=ast.Name(id="self"), attr=child_name),
-            attr="weight",
-            ctx=ast.Load(),
-        ):
-            found.add(child_name)
-            return
-    for child in ast.iter_child_nodes(node):
-        _collect_reads(child, found)
