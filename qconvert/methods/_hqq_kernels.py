@@ -89,7 +89,7 @@ def _normalize(bits, w, st, group_size):  # type: ignore[no-untyped-def]
 
 @_inline
 def _start(st, fraction, top, kind, smallest, largest):  # type: ignore[no-untyped-def]
-    """A grid over `fraction` of the lane's range.
+    """A grid over `fraction` of the lane's range; over the whole range, one that has a 0.
 
     A range far from 0 is widened to 0 for all but the first start, as its zero would lose whole
     steps to rounding; a constant lane gets its own value as the scale, which is exact.
@@ -103,6 +103,7 @@ def _start(st, fraction, top, kind, smallest, largest):  # type: ignore[no-untyp
         scale = (high - low) * fraction / top
         scale = abs(low) if constant else scale
         zero = top * _HALF - (low + high) * _HALF / scale
+        zero = (zero + _ROUND) - _ROUND if fraction == _ONE else zero
         zero = (_ONE if low < _ZERO else _ZERO) if constant else zero
         _store(st, j, scale, zero, kind, smallest, largest)
         st[_LAST + j] = _INF

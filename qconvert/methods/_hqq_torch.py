@@ -97,4 +97,6 @@ def _start(
     constant = low == high
     scale = torch.where(constant, low.abs(), (high - low) * fraction / top)
     zero = top * 0.5 - (low + high) * 0.5 / scale
+    if fraction == 1:
+        zero = (zero + _ROUND) - _ROUND
     return scale, torch.where(constant, (low < 0).float(), zero)

@@ -38,16 +38,17 @@ if TYPE_CHECKING:
 
 BITS = (8, 6, 5, 4, 3, 2, 1)
 STARTS = {
-    8: (1.008, 1.004, 1.0, 0.996, 0.992, 0.988),
-    6: (1.01, 0.985, 0.96, 0.935),
-    5: (1.0, 0.95, 0.9),
+    8: (1.0, 1.008, 1.004, 0.996, 0.992, 0.988),
+    6: (1.0, 1.01, 0.985, 0.96, 0.935),
+    5: (1.0, 0.99, 0.95, 0.9),
     4: (1.0, 0.92, 0.84, 0.76, 0.68),
-    3: (1.0, 0.88, 0.76, 0.64),
+    3: (1.0, 0.94, 0.82, 0.7),
     2: (1.0, 0.8, 0.6, 0.4),
     1: (1.0, 0.6),
 }
 """Fractions of a group's range from which the iteration starts, by bits.
 
+The whole range starts with an integer zero, so that weights that are exactly 0 may stay so.
 At 8 bits the steps are those of a BF16 scale, whose rounding is most of the error there."""
 ITERATIONS = 8
 """At most, from each start; most groups stop after three to five."""
