@@ -170,8 +170,6 @@ class Staging:
         """Makes the tree the destination, in one rename that replaces nothing by accident."""
         with output_errors(self.destination):
             fsync_folder(self.tree)
-            self.record(commit=True)
-            os.fsync(self._journal)
             if overwrite and self.destination.exists():
                 _rename(self.tree, self.destination, _RENAME_EXCHANGE)
             else:
@@ -187,12 +185,10 @@ class Staging:
     def finish_commit(self) -> bool:
         """Cleans up after a run that was killed between its last rename and its end.
 
-        True if the destination is that run's complete result; then nothing is left to do.
+        True if the destination is already this plan's complete result and only the staging
+        folder is left of the run that made it. Raises Locked if that run is still at work.
         """
-        records, _ = _journal_lines(self.root / _JOURNAL)
-        if not records or records[0].get("fingerprint") != self.fingerprint:
-            return False
-        if not any("commit" in record for record in records):
+        if not self.root.is_dir():
             return False
         try:
             manifest = json.loads((self.destination / MANIFEST_NAME).read_bytes())
@@ -200,6 +196,7 @@ class Staging:
             return False
         if manifest.get("fingerprint") != self.fingerprint:
             return False
+        self._take_lock()
         self.discard()
         return True
 

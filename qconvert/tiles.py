@@ -13,7 +13,7 @@ from qconvert import arrays
 from qconvert.source import SourceReader
 from qconvert.types import ITEMSIZE, Array, Container, PlanEntry, TensorInfo, Tile, Write
 
-TILE_ELEMENTS = 1 << 22
+TILE_ELEMENTS = 1 << 20
 """Weights a worker holds at once: small enough for a flat memory, large enough that the Python
 around a tile (some 100 µs) vanishes."""
 
