@@ -9,7 +9,7 @@ Only a layer that every loader replaces, and that still works then, is LINEAR:
   quantized. Found in the source of the class that owns the layer;
 - reached by one path: replaced at one of two, it would no longer be shared.
 
-Every other linear layer is a HEAD or OTHER.
+Every other linear layer is a HEAD or KEPT.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def kinds_of(model: Any) -> dict[str, Kind]:
             or not should_convert_module(path, kept)
             or leaf in _weights_read(parent.__class__)
         ):
-            kinds[path] = Kind.OTHER
+            kinds[path] = Kind.KEPT
         elif isinstance(module, Conv1D):
             kinds[path] = Kind.CONV1D
         else:
-            kinds[path] = Kind.LINEAR if type(module) is nn.Linear else Kind.OTHER
+            kinds[path] = Kind.LINEAR if type(module) is nn.Linear else Kind.KEPT
     return kinds
 
 

@@ -16,7 +16,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qconvert import __version__, contract, linears, sidefiles, tensors
+from qconvert import (
+    __version__,
+    contract,
+    linears,
+    modelconfig,
+    safepath,
+    sidefiles,
+    tensors,
+)
 from qconvert.errors import UnsupportedConfig, UsageError
 from qconvert.tiles import TILE_ELEMENTS
 from qconvert.types import (
@@ -54,6 +62,7 @@ _REASONS = {
     Kind.EMBEDDING: "embedding",
     Kind.ROUTER: "router of a mixture of experts",
     Kind.EXPERTS: "fused experts: no stock loader reads them quantized",
+    Kind.KEPT: "a linear layer that its loaders do not replace",
     Kind.OTHER: "not a linear layer",
 }
 
@@ -115,6 +124,7 @@ def make_plan(
         _decide(tensor, structure, method, container, skip, overrides, dtype, checkpoint)
         for tensor in checkpoint.tensors.values()
     )
+    _refuse_missing(structure)
     _refuse_useless(entries, skip, overrides)
     shards = _shards(entries, max_shard_bytes)
     draft = Plan(
@@ -134,16 +144,17 @@ def make_plan(
         warnings=checkpoint.warnings,
     )
     config, removed = sidefiles.output_config(
-        (checkpoint.root / "config.json").read_bytes(),
+        safepath.read_bytes(checkpoint.root, modelconfig.FILE, modelconfig.MAX_BYTES),
         container.quantization_config(draft),
         TORCH_NAMES[dtype],
     )
-    generated = {"config.json": config}
+    generated = {modelconfig.FILE: config}
     if len(shards) > 1:
         generated[INDEX_NAME] = _index(shards, entries)
     warnings = draft.warnings
     if removed:
         warnings += (f"removed from config.json, since it runs code: {', '.join(removed)}",)
+    _refuse_ambiguous(draft)
     plan = replace(draft, generated=generated, warnings=warnings)
     return replace(
         plan,
@@ -162,8 +173,6 @@ def _decide(
     dtype: str,
     checkpoint: Checkpoint,
 ) -> PlanEntry:
-    if tensor.name in structure.tied:
-        return PlanEntry(tensor, Action.DROP, "tied: stored once, under the other name", ())
     role = structure.roles[tensor.name]
     name = tensor.name.removesuffix(".weight")
 
@@ -180,8 +189,17 @@ def _decide(
         return copy("bias" if tensor.name.endswith(".bias") else _REASONS[Kind.OTHER])
     if skip is not None and skip.search(name):
         return copy("--skip")
+    if tensor.dtype == "F64":
+        return copy("float64: only F16, BF16 and F32 are quantized")
     if tensor.dtype not in FLOAT_DTYPES:
-        return copy(f"dtype {tensor.dtype}: only {', '.join(FLOAT_DTYPES)} can be quantized")
+        raise UsageError(
+            "the weight of a linear layer is not in floating point: is it quantized already?",
+            file=tensor.file,
+            tensor=tensor.name,
+            expected=", ".join(FLOAT_DTYPES),
+            got=tensor.dtype,
+            hint="convert the full-precision model that it was made from",
+        )
     transposed = role.kind is Kind.CONV1D
     out_features, in_features = reversed(tensor.shape) if transposed else tensor.shape
     layer = Layer(
@@ -216,6 +234,20 @@ def _follows_dtype(tensor: TensorInfo) -> bool:
     return tensor.dtype in (*FLOAT_DTYPES, "F64") and tensor.name.endswith((".weight", ".bias"))
 
 
+def _refuse_missing(structure: Structure) -> None:
+    """Raises UnsupportedConfig for a layer without weights whose like in another block has them.
+
+    config.json may announce more blocks than the files hold; a loader fills them with noise.
+    """
+    stored = {linears.generalize(p) for p, disk in structure.modules.items() if disk is not None}
+    for path, disk in structure.modules.items():
+        if disk is None and linears.generalize(path) in stored:
+            raise UnsupportedConfig(
+                f"config.json describes {path}, but no file holds its weight",
+                hint="check num_hidden_layers, or download the missing files",
+            )
+
+
 def _refuse_useless(
     entries: Sequence[PlanEntry], skip: re.Pattern[str] | None, overrides: Sequence[Override]
 ) -> None:
@@ -246,8 +278,6 @@ def _shards(entries: Sequence[PlanEntry], max_shard_bytes: int) -> tuple[Shard, 
     runs: list[list[int]] = [[]]
     filled = 0
     for index, entry in enumerate(entries):
-        if not entry.outputs:
-            continue
         if runs[-1] and filled + entry.nbytes > max_shard_bytes:
             runs.append([])
             filled = 0
@@ -273,11 +303,10 @@ def _shard(file_name: str, run: Sequence[int], entries: Sequence[PlanEntry]) -> 
 
 
 def _index(shards: Sequence[Shard], entries: Sequence[PlanEntry]) -> bytes:
-    written = [entry for entry in entries if entry.outputs]
     index = {
         "metadata": {
-            "total_parameters": sum(entry.tensor.numel for entry in written),
-            "total_size": sum(entry.nbytes for entry in written),
+            "total_parameters": sum(entry.tensor.numel for entry in entries),
+            "total_size": sum(entry.nbytes for entry in entries),
         },
         "weight_map": {name: shard.name for shard in shards for name in shard.offsets},
     }
@@ -298,6 +327,24 @@ def _skip_modules(structure: Structure, entries: Sequence[PlanEntry]) -> tuple[s
         elif role.kind is Kind.EXPERTS:
             paths |= dict.fromkeys(_expert_paths(role.module, name))
     return tuple(paths)
+
+
+def _refuse_ambiguous(plan: Plan) -> None:
+    """Raises UsageError where a loader's skip list would also hit a quantized layer.
+
+    transformers 5 takes an entry for a prefix up to a dot, and for a suffix up to anything: a
+    top-level `proj` also skips `blocks.0.proj`.
+    """
+    entries = set(plan.skip_modules)
+    for entry in plan.quantized():
+        path = entry.layer.module if entry.layer else ""
+        tails = {path[at:] for at in range(1, len(path))}
+        heads = {path[:at] for at, character in enumerate(path) if character == "."}
+        if hit := entries & (tails | heads):
+            raise UsageError(
+                f"loaders would take {path} for {min(hit)}, which stays in full precision",
+                hint=f"--skip '{path}'",
+            )
 
 
 def _expert_paths(module: str, name: str) -> Iterator[str]:

@@ -120,7 +120,7 @@ class _Pouring:
         self.lock = threading.Lock()
         self.abort = threading.Event()
         self.done = 0
-        self.total = sum(entry.tensor.nbytes for entry in plan.entries if entry.outputs)
+        self.total = sum(entry.tensor.nbytes for entry in plan.entries)
         self.failed: list[_Job] = []
         self.poured = Poured({})
         self.open_shards: list[_OpenShard] = []

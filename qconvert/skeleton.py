@@ -228,7 +228,7 @@ def _structure(model: Any, tensors: Tensors, known: Mapping[str, tuple[str, bool
             if kind in (Kind.LINEAR, Kind.CONV1D) and not (
                 own and stem != name and _companions_follow(stem, renamings)
             ):
-                kind = Kind.OTHER
+                kind = Kind.KEPT
         roles[name] = Role(path, kind)
     tied = {
         on_disk[target]

@@ -19,7 +19,7 @@ around a tile (some 100 µs) vanishes."""
 
 
 def tiles_of(entry: PlanEntry, container: Container) -> list[Tile]:
-    """The tiles of an entry that has outputs; a copy is cut into runs, as its own only part."""
+    """The tiles of an entry; a copy is cut into runs, and is its own only part."""
     if entry.layer is not None:
         return list(container.tiles(entry.layer, entry.method, TILE_ELEMENTS))
     itemsize = ITEMSIZE[entry.outputs[0].dtype]

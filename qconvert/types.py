@@ -108,6 +108,7 @@ class Kind(StrEnum):
     EMBEDDING = "embedding"
     ROUTER = "router"
     EXPERTS = "fused experts"
+    KEPT = "linear layer that loaders keep"  # T5's wo, nn.MultiheadAttention's out_proj
     OTHER = "not a linear layer"
 
 
@@ -274,7 +275,6 @@ class Container(Protocol):
 class Action(StrEnum):
     QUANTIZE = "quantize"
     COPY = "copy"
-    DROP = "drop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,8 +347,8 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Effective bits: every stored byte of the model × 8 over its parameters in the source."""
-        written = [e for e in self.entries if e.action is not Action.DROP]
-        return 8 * sum(e.nbytes for e in written) / max(1, sum(e.tensor.numel for e in written))
+        numel = sum(entry.tensor.numel for entry in self.entries)
+        return 8 * sum(entry.nbytes for entry in self.entries) / max(1, numel)
 
     @property
     def layer_bits_per_weight(self) -> float:
