@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from qconvert.errors import NotFound, QConvertError, UsageError
-from qconvert.source import open_checkpoint
+from qconvert.source import SourceReader, open_checkpoint
 from qconvert.stored import Stored, open_stored
 from qconvert.types import Checkpoint, Plan, Report, Structure
 from qconvert.validate.contract import check_contract, unreadable
@@ -39,8 +39,8 @@ def validate_folder(
     `levels` are some of "contract", "numeric", "reload": all by default.
 
     Nothing is written. What the folder holds is reported, not raised; NotFound and UsageError are
-    raised for one that is not there, not quantized, or levels that do not exist, and the errors
-    of `open_checkpoint` for `against`.
+    raised for one that is not there, not quantized, or levels that do not exist, the errors of
+    `open_checkpoint` for `against`, and CorruptFile if a file of it changes meanwhile.
     """
     unknown = sorted(set(levels or ()) - set(LEVELS))
     if unknown:
@@ -110,8 +110,13 @@ def _reload(
 ) -> Report:
     from qconvert.validate.reload import check_reload
 
-    root = source.root if source is not None else None
-    return check_reload(stored.root, root, device=device, progress=progress)
+    if source is None:
+        return check_reload(stored.root, device=device, progress=progress)
+    report = check_reload(stored.root, source.root, device=device, progress=progress)
+    with SourceReader(source) as reader:  # the child opened the files anew
+        for file in source.files:
+            reader.check_unchanged(file)
+    return report
 
 
 def _validation(reports: list[Report]) -> Validation:
