@@ -17,6 +17,7 @@ import yaml
 
 from qconvert import contract
 from qconvert.errors import printable
+from qconvert.text import figures, human_bytes
 from qconvert.types import JSON, TORCH_NAMES, Checkpoint
 
 NAME = "README.md"
@@ -38,15 +39,6 @@ def render(manifest: JSON, checkpoint: Checkpoint) -> bytes:
     front = yaml.safe_dump(_front_matter(manifest, checkpoint), sort_keys=False, allow_unicode=True)
     body = "\n\n".join(sections)
     return f"---\n{front}---\n\n{body}\n".encode()
-
-
-def human_bytes(count: float) -> str:
-    """Decimal units, as the Hub shows them: 11.5 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def _front_matter(manifest: JSON, checkpoint: Checkpoint) -> JSON:
@@ -124,24 +116,6 @@ def _quality(manifest: JSON) -> str:
         for who, text in report["data"].get("continuation", {}).items():
             samples += f"\n\n{printable(who)}:\n\n{_quoted(text)}"
     return "## Validation\n\n" + "\n".join(lines) + samples
-
-
-def figures(data: JSON) -> list[tuple[str, str]]:
-    """The numbers and words of a report, labelled for people; lists are left to --json."""
-    found = []
-    for key, value in data.items():
-        if isinstance(value, dict) and all(isinstance(v, int | float) for v in value.values()):
-            text = ", ".join(f"{name} {_number(v)}" for name, v in value.items())
-        elif isinstance(value, int | float | str) and not isinstance(value, bool):
-            text = _number(value)
-        else:
-            continue
-        found.append((key.replace("_", " "), text))
-    return found
-
-
-def _number(value: float | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else printable(value)
 
 
 def _usage(manifest: JSON) -> str:

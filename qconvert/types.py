@@ -17,12 +17,16 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+else:  # numpy takes 0.1 s to import, and `--help` needs none of it
+    Array = Any
 
 JSON = dict[str, Any]
-Array = NDArray[Any]
 Parts = Mapping[str, Array]
 """Local tensor name ("weight", "SCB", "W_q") → array, or uint8 bytes of it."""
 

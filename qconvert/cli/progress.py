@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from qconvert.card import human_bytes
+from qconvert.text import human_bytes
 
 Progress = Callable[[int, int, str], None]
 _PLAIN_SECONDS = 10.0

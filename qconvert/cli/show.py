@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from qconvert import contract
-from qconvert.card import figures, human_bytes
 from qconvert.errors import printable
+from qconvert.text import figures, human_bytes
 from qconvert.types import JSON, Action, Plan, Report, Verdict
 
 if TYPE_CHECKING:

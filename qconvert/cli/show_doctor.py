@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from qconvert import __version__
-from qconvert.card import human_bytes
 from qconvert.cli.show import print_json, table
+from qconvert.text import human_bytes
 from qconvert.types import JSON
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from qconvert.card import human_bytes
 from qconvert.cli.show import print_json, table
 from qconvert.errors import printable
 from qconvert.stored import Stored, open_stored
+from qconvert.text import human_bytes
 from qconvert.types import JSON
 
 

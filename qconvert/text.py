@@ -1,0 +1,33 @@
+"""Numbers in words: what the screen and the model card have in common."""
+
+from __future__ import annotations
+
+from qconvert.errors import printable
+from qconvert.types import JSON
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, as the Hub shows them: 11.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def figures(data: JSON) -> list[tuple[str, str]]:
+    """The numbers and words of a report, labelled for people; lists are left to --json."""
+    found = []
+    for key, value in data.items():
+        if isinstance(value, dict) and all(isinstance(v, int | float) for v in value.values()):
+            text = ", ".join(f"{name} {_number(v)}" for name, v in value.items())
+        elif isinstance(value, int | float | str) and not isinstance(value, bool):
+            text = _number(value)
+        else:
+            continue
+        found.append((key.replace("_", " "), text))
+    return found
+
+
+def _number(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else printable(value)
