@@ -13,6 +13,8 @@ from qconvert.text import human_bytes
 
 Progress = Callable[[int, int, str], None]
 _PLAIN_SECONDS = 10.0
+_MOST_STEPS = 1000
+"""A stage with a smaller total counts steps, not bytes (the reload level does)."""
 
 
 def peak_memory() -> int:
@@ -22,7 +24,7 @@ def peak_memory() -> int:
 
 @contextlib.contextmanager
 def progress_bar(*, enabled: bool) -> Iterator[Progress]:
-    """Gives a callback (bytes done, bytes in all, what) that draws on stderr."""
+    """Gives a callback (done, in all, what) that draws on stderr; it may come from any thread."""
     if not enabled:
         yield lambda done, total, what: None
     elif sys.stderr.isatty():
@@ -38,46 +40,57 @@ def _rich_bar() -> Iterator[Progress]:
     from rich.console import Console
 
     columns = (
-        rich.TextColumn("{task.description}"),
+        rich.TextColumn("{task.fields[what]}"),
         rich.BarColumn(bar_width=24),
-        rich.DownloadColumn(),
-        rich.TransferSpeedColumn(),
-        rich.TimeRemainingColumn(),
-        rich.TextColumn("peak {task.fields[peak]}"),
+        rich.TextColumn("{task.fields[state]}"),
     )
     with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[int, rich.TaskID] = {}
+        task = bar.add_task("", total=1, what="", state="")
+        state = _State()
         lock = threading.Lock()
 
         def update(done: int, total: int, what: str) -> None:
             with lock:
-                if total not in tasks:
-                    tasks[total] = bar.add_task("", total=total, peak="")
-                peak = human_bytes(peak_memory())
                 label = what if len(what) <= 32 else "…" + what[-31:]
-                bar.update(tasks[total], completed=done, description=label, peak=peak)
+                text = state.text(done, total)
+                bar.update(task, completed=done, total=total, what=label, state=text)
 
         yield update
 
 
 class _PlainLines:
-    """One line every ten seconds, and one at the end: for logs."""
+    """One line every ten seconds: for logs."""
 
     def __init__(self) -> None:
-        self._start = self._last = time.monotonic()
+        self._state = _State()
+        self._last = time.monotonic()
         self._lock = threading.Lock()
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        now = time.monotonic()
         with self._lock:
-            if now - self._last < _PLAIN_SECONDS:
+            text = self._state.text(done, total)
+            if time.monotonic() - self._last < _PLAIN_SECONDS:
                 return
-            self._last = now
-        rate = done / max(now - self._start, 1e-9)
+            self._last = time.monotonic()
+        share = 100 * done / max(total, 1)
+        print(f"{share:3.0f} %  {text}: {what}", file=sys.stderr, flush=True)
+
+
+class _State:
+    """Amount, rate and time left of the stage at work; a new total begins a new stage."""
+
+    def __init__(self) -> None:
+        self._total = -1
+        self._start = 0.0
+
+    def text(self, done: int, total: int) -> str:
+        now = time.monotonic()
+        if total != self._total:
+            self._total, self._start = total, now
+        peak = f"peak {human_bytes(peak_memory())}"
+        if total <= _MOST_STEPS:
+            return f"step {done} of {total}, {peak}"
+        rate = done / max(now - self._start, 1e-3)
         left = (total - done) / max(rate, 1.0)
-        print(
-            f"{100 * done / max(total, 1):3.0f} %  {human_bytes(done)} of {human_bytes(total)}, "
-            f"{human_bytes(rate)}/s, {left:.0f} s left, peak {human_bytes(peak_memory())}: {what}",
-            file=sys.stderr,
-            flush=True,
-        )
+        amount = f"{human_bytes(done)} of {human_bytes(total)}"
+        return f"{amount}, {human_bytes(rate)}/s, {left:.0f} s left, {peak}"
