@@ -33,7 +33,7 @@ _LAST, _BEST, _BEST_S, _BEST_Z = (row * LANES for row in range(13, 17))
 _STATE = 17 * LANES
 
 _jit = njit(nogil=True, cache=True, error_model="numpy")
-_inline = njit(nogil=True, cache=True, inline="always", error_model="numpy")
+_inline = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @_inline
