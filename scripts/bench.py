@@ -190,7 +190,9 @@ def speed(work: Path, layers: int, methods: list[str], repeat: int) -> None:
         output = work / f"out-{method}"
         warm = generate(work / "llama-1", 1)
         run(qconvert(method, warm, work / "warm"))  # compiles the kernels into the cache
-        (source / "model.safetensors").read_bytes()[:0]
+        with (source / "model.safetensors").open("rb", buffering=0) as file:  # warm the cache
+            while file.read(1 << 24):
+                pass
         ours = []
         for _ in range(repeat):
             settle()
@@ -266,6 +268,18 @@ def startup(repeat: int) -> None:
         command = [sys.executable, "-m", "qconvert", *arguments]
         median = statistics.median(run(command).seconds for _ in range(repeat))
         print(f"| qconvert {label} | {median:.2f} |", flush=True)
+    big = folder.parent / "big.bin"
+    big.write_bytes(os.urandom(1 << 24) * 64)
+    code = (
+        "import sys, time; from pathlib import Path; from qconvert.manifest import hash_files;"
+        "p = Path(sys.argv[1]); p.read_bytes(); t = time.monotonic();"
+        "hash_files(p.parent, [p.name]); print(time.monotonic() - t)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(big)], capture_output=True, text=True, check=True
+    )
+    rate = big.stat().st_size / 1e9 / float(done.stdout)
+    print(f"\nhashing, one file on one core: {rate:.2f} GB/s")
     shutil.rmtree(folder.parent)
 
 
