@@ -34,6 +34,7 @@ from qconvert.types import (
     TensorInfo,
     Tile,
     Write,
+    dtype_from_torch,
 )
 
 _SLABS = {8: 1, 6: 1, 5: 1, 4: 2, 3: 10, 2: 4, 1: 8}
@@ -114,9 +115,11 @@ class HQQNative:
     ) -> dict[str, tuple[Layer, HQQ]]:
         """The quantized layers by name on disk, the options of each read from its tensors.
 
-        Raises CorruptFile where they are missing or make no sense.
+        Half a layer is one too: W_q without options, which raises CorruptFile like options that
+        make no sense, or options without W_q, which the contract check will miss.
         """
-        names = [name.removesuffix(".W_q") for name in tensors if name.endswith(".W_q")]
+        split = (tensor.rpartition(".") for tensor in tensors)
+        names = dict.fromkeys(name for name, _, local in split if local in ("W_q", "nbits"))
         return {name: _layer_in(name, tensors, read) for name in names}
 
     def state(self, parts: Parts, layer: Layer, method: HQQ) -> Parts:
@@ -251,35 +254,43 @@ def _constant(rule: TensorRule) -> Array:
 def _layer_in(
     name: str, tensors: Mapping[str, TensorInfo], read: Callable[[str], Array]
 ) -> tuple[Layer, HQQ]:
-    def small(part: str, limit: int) -> Array:
+    def small(part: str, dtype: str, most: int) -> Array:
         info = tensors.get(f"{name}.{part}")
         if info is None:
             raise CorruptFile(f"no tensor {name}.{part}")
-        if info.numel > limit:
-            raise CorruptFile("too many elements", tensor=info.name,
-                                    expected=f"at most {limit}", got=info.numel)  # fmt: skip
-        return read(info.name)
+        if info.dtype != dtype or not 1 <= info.numel <= most:
+            raise CorruptFile(
+                "not an option of HQQ",
+                file=info.file,
+                tensor=info.name,
+                expected=f"{dtype}, 1 to {most} elements",
+                got=f"{info.dtype}, {info.numel}",
+            )
+        return read(info.name).reshape(-1)
 
-    numbers = {part: small(part, 1).reshape(-1) for part in ("nbits", "group_size", "axis")}
-    shape = [int(n) for n in small("shape", 2).reshape(-1)]
-    torch_name = small("compute_dtype", 32).tobytes().decode("latin-1").removeprefix("torch.")
-    dtype = next((d for d, torch in TORCH_NAMES.items() if torch == torch_name), torch_name)
-    try:
-        bits, group_size, axis = (int(value[0]) for value in numbers.values())
-        out_features, in_features = shape
-        method = HQQ(bits, group_size, axis, dtype)
-    except (UsageError, ValueError, IndexError, OverflowError) as error:
-        raise CorruptFile(f"options of {name} make no sense: {error}") from error
-    if min(shape) < 1 or max(shape) >= 1 << 31:
-        raise CorruptFile("not the shape of a weight", tensor=f"{name}.shape",
-                                expected="two positive numbers", got=shape)  # fmt: skip
-    weight = TensorInfo(
-        f"{name}.weight", dtype, (out_features, in_features), tensors[f"{name}.W_q"].file, 0, 0
+    bits, group_size, axis = (
+        int(small(part, "I32", 1)[0]) for part in ("nbits", "group_size", "axis")
     )
-    has_bias = f"{name}.bias" in tensors
-    layer = Layer(name, name, weight, out_features, in_features, has_bias=has_bias)
+    shape = tuple(int(n) for n in small("shape", "I64", 2))
+    text = small("compute_dtype", "U8", 32).tobytes().decode("latin-1")
+    file = tensors[f"{name}.nbits"].file
+    if len(shape) != 2 or min(shape) < 1 or max(shape) >= 1 << 31:
+        raise CorruptFile(
+            "not the shape of a weight",
+            file=file,
+            tensor=f"{name}.shape",
+            expected="two positive numbers",
+            got=shape,
+        )
+    dtype = dtype_from_torch(text)
+    try:
+        method = HQQ(bits, group_size, axis, dtype or text)
+    except UsageError as error:
+        raise CorruptFile(f"options of {name} make no sense: {error}", file=file) from error
+    weight = TensorInfo(f"{name}.weight", method.compute_dtype, shape, file, 0, 0)
+    layer = Layer(name, name, weight, *shape, has_bias=f"{name}.bias" in tensors)
     if reason := method.check(layer):
-        raise CorruptFile(f"{name} cannot be an HQQ layer: {reason}")
+        raise CorruptFile(f"{name} cannot be an HQQ layer: {reason}", file=file)
     return layer, method
 
 
