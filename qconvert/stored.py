@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qconvert import arrays, contract, modelconfig, registry, strictjson
+from qconvert import arrays, contract, linears, modelconfig, registry, strictjson
 from qconvert.errors import CorruptFile, NotFound, UnsupportedConfig, UsageError
 from qconvert.safepath import read_bytes
 from qconvert.shards import read_weights
@@ -87,6 +87,19 @@ class Stored:
         """Names and shapes of the tensors that the source model must have had."""
         shapes = {name: info.shape for name, info in self.copies.items()}
         return shapes | {layer.tensor.name: layer.tensor.shape for layer, _ in self.layers.values()}
+
+    def structure(self) -> Structure:
+        """What every tensor is to the model class; raises as `linears.structure` does."""
+        shapes = self.source_shapes()
+        try:
+            return linears.structure(self.config, shapes)
+        except UnsupportedConfig:
+            seen = self.seen_as(linears.structure(self.config, list(shapes)))
+            if not any(layer.transposed for layer, _ in seen.layers.values()):
+                raise
+            return linears.structure(
+                self.config, seen.source_shapes()
+            )  # Conv1D, lying as [in, out]
 
     def seen_as(self, structure: Structure) -> Stored:
         """The same folder with each layer's path in the model, and Conv1D layers transposed."""

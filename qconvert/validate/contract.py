@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qconvert import contract, linears, shards, sidefiles
+from qconvert import contract, shards, sidefiles
 from qconvert.errors import QConvertError
 from qconvert.manifest import RUN_LOG_NAME
 from qconvert.safepath import read_bytes
@@ -36,16 +36,22 @@ def check_contract(
     `structure` is the model's, computed when not given. Report.data: files, tensors, layers,
     bytes. Never raises for what the folder holds.
     """
-    structure = structure or linears.structure(stored.config, stored.source_shapes())
-    stored = stored.seen_as(structure)
     checks = [
         _check("quantization_config follows its schema", _config(stored)),
         _check("config.json brings no code", _code(stored.config)),
-        _check("every quantized layer has its tensors", _tensors(stored)),
-        _check("no tensor is unexpected", _unexpected(stored, structure)),
         _check("index and headers agree", _index(stored)),
-        _check("every linear layer is quantized or listed", _skip_list(stored, structure)),
     ]
+    try:
+        structure = structure or stored.structure()
+    except QConvertError as error:
+        checks.append(Check("the tensors are those of the model", False, str(error)))
+    else:
+        stored = stored.seen_as(structure)
+        checks += [
+            _check("no tensor is unexpected", _unexpected(stored, structure)),
+            _check("every linear layer is quantized or listed", _skip_list(stored, structure)),
+        ]
+    checks.append(_check("every quantized layer has its tensors", _tensors(stored)))
     if stored.manifest is not None:
         checks.append(_check("layers are those of the manifest", _against_manifest(stored)))
         checks.append(_check("files have the manifest's hashes", _hashes(stored, stored.manifest)))
@@ -92,12 +98,12 @@ def _skip_list(stored: Stored, structure: Structure) -> Iterable[str]:
     for path, name in structure.modules.items():
         if path in quantized:
             if any(_covers(entry, path) for entry in listed or ()):
-                yield f"config.json, {key} names {path}, which is quantized"
+                yield f"config.json, {key}: {path} is listed, and quantized"
         elif listed is None:  # then a loader leaves the output head alone, and nothing else
             if name is not None and path not in heads:
-                yield f"{path} is neither quantized nor listed: {key} is null"
+                yield f"config.json, {key}: {path} is neither quantized nor listed"
         elif not any(_covers(entry, path) for entry in listed):
-            yield f"{path} is neither quantized nor listed in {key}"
+            yield f"config.json, {key}: {path} is neither quantized nor listed"
         if name is None and any(part.isdigit() for part in path.split(".")):
             yield f"{path} has no tensor at all"
 

@@ -34,24 +34,36 @@ _ANNOTATIONS = {
 }
 
 
-def violations(value: Any, schema: Any, path: str = "") -> Iterator[str]:
-    """What of `value` is not as `schema` says: "path: expected …, got …", nothing if all is."""
+def violations(value: Any, schema: Any) -> Iterator[str]:
+    """What of `value` is not as `schema` says: "key: expected …, got …", nothing if all is."""
+    return _violations(value, schema, "", schema)
+
+
+def _violations(value: Any, schema: Any, path: str, root: Any) -> Iterator[str]:
     if isinstance(schema, bool):
         if not schema:
             yield f"{path}: not allowed"
         return
     for keyword, rule in schema.items():
         if keyword not in _ANNOTATIONS:
-            yield from _violations(keyword, rule, value, schema, path)
+            yield from _broken(keyword, rule, value, schema, path, root)
 
 
-def _violations(
-    keyword: str, rule: Any, value: Any, schema: dict[str, Any], path: str
+def _broken(
+    keyword: str, rule: Any, value: Any, schema: dict[str, Any], path: str, root: Any
 ) -> Iterator[str]:
     def expected(what: object) -> str:
         return f"{path or 'quantization_config'}: expected {what}, got {shortened(value)}"
 
+    def below(key: str) -> str:
+        return f"{path}.{key}" if path else key
+
+    def fails(part: Any) -> bool:
+        return any(_violations(value, part, path, root))
+
     match keyword:
+        case "$ref":
+            yield from _violations(value, root["$defs"][rule.removeprefix("#/$defs/")], path, root)
         case "type":
             names = [rule] if isinstance(rule, str) else rule
             if not any(_is(value, name) for name in names):
@@ -64,48 +76,56 @@ def _violations(
             yield expected(f"≥ {rule}")
         case "maximum" if _is(value, "number") and value > rule:
             yield expected(f"≤ {rule}")
+        case "multipleOf" if _is(value, "number") and value % rule:
+            yield expected(f"a multiple of {rule}")
+        case "minLength" if isinstance(value, str) and len(value) < rule:
+            yield expected(f"{rule} characters or more")
         case "required" if isinstance(value, dict):
-            yield from (f"{path}.{key}: missing".lstrip(".") for key in rule if key not in value)
+            yield from (f"{below(key)}: missing" for key in rule if key not in value)
         case "properties" if isinstance(value, dict):
             for key in rule.keys() & value.keys():
-                yield from violations(value[key], rule[key], f"{path}.{key}".lstrip("."))
+                yield from _violations(value[key], rule[key], below(key), root)
         case "patternProperties" if isinstance(value, dict):
             for pattern, part in rule.items():
                 for key in (key for key in value if re.search(pattern, key)):
-                    yield from violations(value[key], part, f"{path}.{key}".lstrip("."))
+                    yield from _violations(value[key], part, below(key), root)
         case "additionalProperties" if isinstance(value, dict):
             patterns = schema.get("patternProperties", ())
             for key in value.keys() - schema.get("properties", {}).keys():
                 if not any(re.search(pattern, key) for pattern in patterns):
-                    yield from violations(value[key], rule, f"{path}.{key}".lstrip("."))
-        case "minLength" if isinstance(value, str) and len(value) < rule:
-            yield expected(f"{rule} characters or more")
+                    yield from _violations(value[key], rule, below(key), root)
+        case "propertyNames" if isinstance(value, dict):
+            for key in value:
+                yield from _violations(key, rule, f"name {key!r}", root)
+        case "minProperties" if isinstance(value, dict) and len(value) < rule:
+            yield expected(f"{rule} members or more")
+        case "items" if isinstance(value, list):
+            for index, item in enumerate(value):
+                yield from _violations(item, rule, f"{path}[{index}]", root)
         case "uniqueItems" if rule and isinstance(value, list):
             if any(_same(a, b) for i, a in enumerate(value) for b in value[:i]):
                 yield expected("different items")
-        case "items" if isinstance(value, list):
-            for index, item in enumerate(value):
-                yield from violations(item, rule, f"{path}[{index}]")
         case "allOf":
             for part in rule:
-                yield from violations(value, part, path)
-        case "anyOf" | "oneOf":
-            passed = sum(not any(violations(value, part, path)) for part in rule)
-            if passed == 0 or (keyword == "oneOf" and passed > 1):
-                yield expected(f"{'one' if keyword == 'oneOf' else 'any'} of {len(rule)} forms")
+                yield from _violations(value, part, path, root)
+        case "anyOf" if all(map(fails, rule)):
+            yield expected(f"any of {len(rule)} forms")
+        case "oneOf" if sum(map(fails, rule)) != len(rule) - 1:
+            yield expected(f"one of {len(rule)} forms")
         case "if":
-            branch = "else" if any(violations(value, rule, path)) else "then"
-            yield from violations(value, schema.get(branch, True), path)
-        case "not" if not any(violations(value, rule, path)):
+            branch = "else" if fails(rule) else "then"
+            yield from _violations(value, schema.get(branch, True), path, root)
+        case "not" if not fails(rule):
             yield expected(f"not {shortened(rule)}")
         case _ if keyword not in _KEYWORDS:
             raise ValueError(f"unknown keyword {keyword!r} in a schema of formats/")
 
 
 _KEYWORDS = {
-    "type", "const", "enum", "minimum", "maximum", "required", "properties", "not",
-    "patternProperties", "additionalProperties", "items", "minLength", "uniqueItems",
-    "allOf", "anyOf", "oneOf", "if", "then", "else",
+    "$ref", "type", "const", "enum", "minimum", "maximum", "multipleOf", "minLength", "required",
+    "properties", "patternProperties", "additionalProperties", "propertyNames", "minProperties",
+    "items", "uniqueItems",
+    "allOf", "anyOf", "oneOf", "if", "then", "else", "not",
 }  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from qconvert import linears
 from qconvert.stored import open_stored
 from qconvert.types import JSON, Check
 from qconvert.validate import judge, loaders, measure
@@ -43,7 +42,7 @@ class Reload:
         """Fills `checks` and `data`. Raises Impossible, or whatever a loader raises."""
         self.tell("headers")
         stored = open_stored(self.folder)
-        structure = linears.structure(stored.config, stored.source_shapes())
+        structure = stored.structure()
         stored = stored.seen_as(structure)
 
         self._settle_device(torch.cuda.is_available())
