@@ -113,7 +113,7 @@ def _quality(manifest: JSON) -> str:
         outcome = f"not run: {report['skipped']}" if report["skipped"] else ""
         lines.append(f"- {report['level']}: {outcome or ('passed' if passed else 'failed')}")
         lines += [f"  - {label}: {value}" for label, value in figures(report["data"])]
-        for who, text in report["data"].get("continuation", {}).items():
+        for who, text in report["data"].get("samples", {}).items():
             samples += f"\n\n{printable(who)}:\n\n{_quoted(text)}"
     return "## Validation\n\n" + "\n".join(lines) + samples
 
