@@ -106,7 +106,6 @@ def _start(st, fraction, top, kind, smallest, largest):  # type: ignore[no-untyp
         zero = (zero + _ROUND) - _ROUND if fraction == _ONE else zero
         zero = (_ONE if low < _ZERO else _ZERO) if constant else zero
         _store(st, j, scale, zero, kind, smallest, largest)
-        st[_LAST + j] = _INF
 
 
 @_inline
@@ -160,7 +159,19 @@ def _least_squares(st, count, kind, smallest, largest):  # type: ignore[no-untyp
 
 
 @_inline
-def _solve(bits, w, st, group_size, top, starts, iterations, kind, smallest, largest):  # type: ignore[no-untyped-def]  # fmt: skip
+def _descend(w, st, group_size, top, passes, kind, smallest, largest):  # type: ignore[no-untyped-def]
+    """Alternates between codes and least squares, until no lane improves or passes run out."""
+    for j in range(LANES):
+        st[_LAST + j] = _INF
+    for remaining in range(passes - 1, -1, -1):
+        _evaluate(w, st, group_size, top)
+        if not _keep_best(st) or remaining == 0:
+            break
+        _least_squares(st, _f(group_size), kind, smallest, largest)
+
+
+@_inline
+def _solve(bits, w, st, group_size, top, starts, scout, iterations, kind, smallest, largest):  # type: ignore[no-untyped-def]  # fmt: skip
     """Leaves each lane's best scale (as on disk) in _S, its zero in _Z, and what _codes needs."""
     _normalize(bits, w, st, group_size)
     for j in range(LANES):
@@ -169,11 +180,12 @@ def _solve(bits, w, st, group_size, top, starts, iterations, kind, smallest, lar
         st[_BEST_Z + j] = _ZERO
     for start in range(len(starts)):
         _start(st, starts[start], top, kind, smallest, largest)
-        for iteration in range(iterations):
-            _evaluate(w, st, group_size, top)
-            if not _keep_best(st) or iteration + 1 == iterations:
-                break
-            _least_squares(st, _f(group_size), kind, smallest, largest)
+        _descend(w, st, group_size, top, scout, kind, smallest, largest)
+    for j in range(LANES):
+        st[_S + j] = st[_BEST_S + j]
+        st[_Z + j] = st[_BEST_Z + j]
+        st[_INV + j] = _ONE / st[_BEST_S + j]
+    _descend(w, st, group_size, top, iterations, kind, smallest, largest)
     for j in range(LANES):
         st[_INV + j] = _ONE / st[_BEST_S + j]
 
@@ -197,7 +209,19 @@ def _widen(x, kind):  # type: ignore[no-untyped-def]
 
 @_jit
 def quantize(  # type: ignore[no-untyped-def]
-    source, source_kind, kind, axis, top, starts, iterations, smallest, largest, codes, scale, zero
+    source,
+    source_kind,
+    kind,
+    axis,
+    top,
+    starts,
+    scout,
+    iterations,
+    smallest,
+    largest,
+    codes,
+    scale,
+    zero,
 ):
     """Solves every group of a block; returns the number of weights that are NaN or Inf.
 
@@ -225,7 +249,7 @@ def quantize(  # type: ignore[no-untyped-def]
                 bits[k * LANES + j] = x
         if rejected > 0:
             continue
-        _solve(bits, w, st, group_size, top, starts, iterations, kind, smallest, largest)
+        _solve(bits, w, st, group_size, top, starts, scout, iterations, kind, smallest, largest)
         for j in range(lanes):
             empty = (st[_LOW + j] == _ZERO) & (st[_HIGH + j] == _ZERO)
             scale[first + j] = _ONE if empty else st[_BEST_S + j] * st[_UP + j]

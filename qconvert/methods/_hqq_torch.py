@@ -21,6 +21,7 @@ def quantize(
     axis: int,
     top: float,
     starts: Sequence[float],
+    scout: int,
     iterations: int,
     dtype: torch.dtype,
     limits: tuple[float, float],
@@ -50,12 +51,14 @@ def quantize(
 
     best = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-    for fraction in starts:
-        scale, zero = _start(low, high, fraction, top)
-        scale = stored_scale(scale)
-        zero = stored_zero(zero)
+    for fraction in (*starts, None):
+        if fraction is None:
+            scale, zero, passes = best_scale, best_zero, iterations
+        else:
+            scale, zero = _start(low, high, fraction, top)
+            scale, zero, passes = stored_scale(scale), stored_zero(zero), scout
         last = torch.full_like(low, torch.inf)
-        for iteration in range(iterations):
+        for remaining in range(passes - 1, -1, -1):
             q = codes(scale, zero)
             error = (q - zero) * scale - w
             sq, sqq, sqx, squared = _sums(torch.stack([q, q * q, q * (w - middle), error * error]))
@@ -65,7 +68,7 @@ def quantize(
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
             last = torch.where(improved, squared, -1.0)
-            if iteration + 1 == iterations or not improved.any():
+            if remaining == 0 or not improved.any():
                 break
             mean = sq / group_size
             variance = sqq - sq * mean

@@ -50,8 +50,8 @@ STARTS = {
 
 The whole range starts with an integer zero, so that weights that are exactly 0 may stay so.
 At 8 bits the steps are those of a BF16 scale, whose rounding is most of the error there."""
-ITERATIONS = 8
-"""At most, from each start; most groups stop after three to five."""
+SCOUT, ITERATIONS = 4, 6
+"""Passes over a group from each start, and further passes from the best point found."""
 
 LIMITS = {
     "F32": (2.0**-149, float(np.finfo(np.float32).max)),
@@ -113,6 +113,7 @@ class HQQ:
             self.axis,
             np.float32(2**self.bits - 1),
             np.array(STARTS[self.bits], np.float32),
+            SCOUT,
             ITERATIONS,
             smallest,
             largest,
@@ -144,6 +145,7 @@ class HQQ:
             self.axis,
             float(2**self.bits - 1),
             [float(np.float32(start)) for start in STARTS[self.bits]],
+            SCOUT,
             ITERATIONS,
             getattr(torch, TORCH_NAMES[self.compute_dtype]),
             LIMITS[self.compute_dtype],
