@@ -64,18 +64,22 @@ class Accelerator:
 
     def __call__(self, method: Method, block: Array, dtype: str) -> Parts:
         """Same arrays as `method.quantize(block, dtype)`; raises OutOfMemory, NonFinite."""
+        out_of_memory = self._torch.OutOfMemoryError
         try:
-            return self._run(method, block, dtype)
-        except self._torch.OutOfMemoryError as error:
-            self._torch.cuda.empty_cache()
-            half = len(block) // 2
-            if half == 0 or not getattr(method, "rows_independent", True):
-                raise OutOfMemory(
-                    f"{self._device} is too small for one tile", hint="--device cpu"
-                ) from error
-            first = self._run(method, block[:half], dtype)
-            second = self._run(method, block[half:], dtype)
-            return {name: np.concatenate([first[name], second[name]]) for name in first}
+            try:
+                return self._run(method, block, dtype)
+            except out_of_memory:
+                self._torch.cuda.empty_cache()
+                half = len(block) // 2
+                if half == 0 or not getattr(method, "rows_independent", True):
+                    raise
+                first = self._run(method, block[:half], dtype)
+                second = self._run(method, block[half:], dtype)
+                return {name: np.concatenate([first[name], second[name]]) for name in first}
+        except out_of_memory as error:
+            raise OutOfMemory(
+                f"{self._device} is too small for one tile", hint="--device cpu"
+            ) from error
 
     def _run(self, method: Any, block: Array, dtype: str) -> Parts:
         torch = self._torch
