@@ -89,7 +89,10 @@ class Stored:
         return shapes | {layer.tensor.name: layer.tensor.shape for layer, _ in self.layers.values()}
 
     def structure(self) -> Structure:
-        """What every tensor is to the model class; raises as `linears.structure` does."""
+        """What every tensor is to the model class; raises as `linears.structure` does.
+
+        Codes are always [out, in]; only the class knows which sources were [in, out] (Conv1D).
+        """
         shapes = self.source_shapes()
         try:
             return linears.structure(self.config, shapes)
@@ -97,9 +100,7 @@ class Stored:
             seen = self.seen_as(linears.structure(self.config, list(shapes)))
             if not any(layer.transposed for layer, _ in seen.layers.values()):
                 raise
-            return linears.structure(
-                self.config, seen.source_shapes()
-            )  # Conv1D, lying as [in, out]
+            return linears.structure(self.config, seen.source_shapes())
 
     def seen_as(self, structure: Structure) -> Stored:
         """The same folder with each layer's path in the model, and Conv1D layers transposed."""
