@@ -50,7 +50,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", {**_TEXT, "num_local_experts": 4}),
     "qwen3-moe": (
         "Qwen3MoeForCausalLM",
-        {**_TEXT, "head_dim": 32, "num_experts": 4, "moe_intermediate_size": 64},
+        {
+            **_TEXT, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+        },
     ),
     "mamba": (
         "MambaForCausalLM",

@@ -1,0 +1,106 @@
+"""What is converted and loaded, and how: shared by the tests of every loader."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qconvert.convert import Request, convert
+from qconvert.types import Plan
+from qconvert.validate import isolation
+from tests.models import tiny
+
+ROOT = Path(__file__).parent.parent.parent
+
+LAYERS = {
+    "llama": 14, "llama-untied": 14, "qwen2": 14, "mistral": 14, "gemma2": 14, "phi3": 8,
+    "gpt2": 8, "bert": 12, "bert-mlm": 13, "opt": 12, "vlm": 28, "mixtral": 8, "qwen3-moe": 8,
+    "mamba": 2, "t5": 28,
+}  # fmt: skip
+"""How many linear layers of each tiny model are quantized."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model and what is made of it."""
+
+    model: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "bfloat16"
+    overrides: tuple[str, ...] = ()
+    skip: str | None = None
+    max_shard_bytes: int = 10**9
+    layers: int | None = None
+    """How many are quantized, where not all are that could be."""
+
+
+def make_all(cases: dict[str, Case], root: Path) -> dict[str, tuple[Path, Plan]]:
+    """Converts every case; name → the quantized folder and its plan."""
+    made = {}
+    for name, case in cases.items():
+        source = root / "source" / case.dtype / case.model
+        if not source.exists():
+            tiny(case.model, source.parent, dtype=case.dtype)
+        result = convert(
+            Request(
+                str(source),
+                case.method,
+                case.options,
+                output=root / name,
+                overrides=case.overrides,
+                skip=case.skip,
+                max_shard_bytes=case.max_shard_bytes,
+                validate=False,
+                device="cpu",
+                threads=2,
+            )
+        )
+        made[name] = (result.folder, result.plan)
+    return made
+
+
+def tokens() -> list[list[int]]:
+    """Token ids [2, 24] that mean nothing special to any of the models."""
+    generator = random.Random(0)
+    return [[generator.randrange(8, 256) for _ in range(24)] for _ in range(2)]
+
+
+def run_child(
+    requests: Sequence[dict[str, Any]], scratch: Path, command: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """What the child says of each request; `command` is that of another child than ours."""
+    home = scratch / "home"
+    home.mkdir(exist_ok=True)
+    environment = isolation.environment(home)
+    if command:  # another interpreter, with libraries of its own
+        del environment["PYTHONPATH"]
+    done = subprocess.run(
+        command or [sys.executable, "-m", "tests.loads.child"],
+        input=json.dumps(list(requests)).encode(),
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-4000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(requests)
+    return results
+
+
+def quantized_modules(plan: Plan) -> set[str]:
+    return {entry.layer.module for entry in plan.quantized() if entry.layer is not None}
+
+
+def assert_classes(plan: Plan, classes: dict[str, str], expected: str) -> None:
+    """Quantized layers, and they alone, have the loader's class; the others are what they were."""
+    assert {path for path, name in classes.items() if name == expected} == quantized_modules(plan)
+    left = set(plan.skip_modules) & plan.structure.modules.keys() & classes.keys()
+    assert {classes[path] for path in left} <= {"Linear", "Conv1D"}

@@ -1,0 +1,124 @@
+"""What we write, loaded where people load it: stock `from_pretrained`, and hqq's own HQQLinear.
+
+Everything is converted once, and loaded in one child process without a network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qconvert.convert import Request, plan
+from qconvert.errors import UsageError
+from qconvert.types import Plan
+from tests.loads.runs import (
+    LAYERS,
+    Case,
+    assert_classes,
+    make_all,
+    quantized_modules,
+    run_child,
+    tokens,
+)
+from tests.models import MODELS, tiny
+
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+"""Relative error of outputs against our own dequantization."""
+INT8_TOLERANCE = {"kl": 1e-4, "error": 0.03}
+"""LLM.int8 quantizes the activations too: nats a token, and relative error of outputs. Twice what
+these models show at most (gemma2 0.018, t5 7e-5 nats); a wrong row scale gives ten times as much."""
+
+BITSANDBYTES = {
+    **{f"{model}-{method}": Case(model, method) for model in MODELS for method in ("int8", "nf4")},
+    "fp4": Case("llama", "fp4"),
+    "nf4-single": Case("llama", "nf4", {"double_quant": False, "blocksize": 128}, layers=2),
+    "fp4-single": Case("gpt2", "fp4", {"double_quant": False}),
+    "int8-float32": Case("qwen2", "int8", dtype="float32"),
+    "nf4-float32": Case("qwen2", "nf4", dtype="float32"),
+    "nf4-float16": Case("bert", "nf4", dtype="float16"),
+    "nf4-sharded": Case("vlm", "nf4", max_shard_bytes=20_000),
+    "nf4-skip": Case("phi3", "nf4", skip=r"layers\.1\.mlp|o_proj", layers=4),
+}
+MIXED = ("down_proj|output=bits:8,group_size:32", r"\.1\..*(q_proj|query)=bits:2,axis:0")
+HQQ = {
+    **{
+        f"hqq{bits}-axis{axis}": Case("llama", "hqq", {"bits": bits, "axis": axis})
+        for bits in (8, 6, 5, 4, 3, 2, 1)
+        for axis in (1, 0)
+    },
+    "hqq-mixed": Case("qwen2", "hqq", {"bits": 4}, overrides=MIXED),
+    "hqq-mixed-encoder": Case("bert", "hqq", {"bits": 3}, overrides=MIXED),
+    "hqq-float32": Case("qwen2", "hqq", {"bits": 4}, dtype="float32"),
+    "hqq-float16": Case("qwen2", "hqq", {"bits": 4}, dtype="float16"),
+    "hqq-sharded": Case("opt", "hqq", {"bits": 4, "group_size": 32}, max_shard_bytes=20_000),
+    "hqq-skip": Case("phi3", "hqq", {"bits": 4}, skip=r"layers\.1\.mlp|o_proj", layers=4),
+    **{f"hqq-{model}": Case(model, "hqq", {"bits": 4}) for model in ("vlm", "mixtral", "t5")},
+}
+CASES = BITSANDBYTES | HQQ
+CLASSES = {"int8": "Linear8bitLt", "nf4": "Linear4bit", "fp4": "Linear4bit", "hqq": "HQQLinear"}
+TIED = {"llama", "gemma2", "gpt2", "bert-mlm", "opt", "mamba", "t5"}
+
+Loads = dict[str, tuple[Plan, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def loads(tmp_path_factory: pytest.TempPathFactory) -> Loads:
+    """Of every case: its plan, and what the child saw."""
+    root = tmp_path_factory.mktemp("loads")
+    made = make_all(CASES, root)
+    requests: list[dict[str, Any]] = [
+        {"folder": str(folder), "loader": plan.container.name, "ids": tokens()}
+        # HQQLinear is put in place by us, so in the dtype that shows most.
+        | ({"dtype": "float32"} if plan.container.name == "hqq" else {})
+        for folder, plan in made.values()
+    ]
+    seen = run_child(requests, root)
+    return {name: (made[name][1], result) for name, result in zip(CASES, seen, strict=True)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_loader_makes_of_it_the_model_that_we_meant(name: str, loads: Loads) -> None:
+    case = CASES[name]
+    plan, seen = loads[name]
+    assert seen["raised"] is None
+    assert seen["complaints"] == []
+    assert_classes(plan, seen["classes"], CLASSES[case.method])
+    assert len(quantized_modules(plan)) == (case.layers or LAYERS[case.model])
+    assert seen["changed"] == []
+    assert seen["ties_found"] == seen["ties"]
+    assert bool(seen["ties"]) == (case.model in TIED)
+
+    assert len(seen["weights"]) == len(quantized_modules(plan))
+    assert max(seen["weights"].values()) < 1e-6
+    assert seen["finite"]
+    assert seen["spread"] > 0.05  # a model that says the same of everything proves nothing
+    if case.method != "int8":
+        assert seen["error"] < TOLERANCE[seen["dtype"]]
+    else:
+        assert seen["error"] < INT8_TOLERANCE["error"]
+        assert seen["kl"] is None or seen["kl"] < INT8_TOLERANCE["kl"]
+
+
+def test_every_model_is_loaded_by_every_loader(loads: Loads) -> None:
+    assert LAYERS.keys() == MODELS.keys()
+    assert len(loads) == len(BITSANDBYTES) + len(HQQ) == 2 * len(MODELS) + 8 + 14 + 9
+    assert {seen["dtype"] for _, seen in loads.values()} == {"bfloat16", "float16", "float32"}
+    assert {seen["network"] for _, seen in loads.values()} <= {
+        "network namespace", "audit hook on sockets",
+    }  # fmt: skip
+    loaders = {seen["loader"].split()[0] for _, seen in loads.values()}
+    assert loaders == {"transformers", "hqq"}
+
+
+def test_an_override_reaches_the_loader(loads: Loads) -> None:
+    plan, _ = loads["hqq-mixed"]
+    options = {(e.method.bits, e.method.group_size, e.method.axis) for e in plan.quantized()}
+    assert options == {(4, 64, 1), (8, 32, 1), (2, 64, 0)}
+
+
+def test_conv1d_is_refused_where_no_loader_replaces_it(tmp_path: Path) -> None:
+    source = tiny("gpt2", tmp_path)
+    with pytest.raises(UsageError, match="Conv1D"):
+        plan(Request(str(source), "hqq", {"bits": 4}, device="cpu"))
