@@ -23,14 +23,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-import qconvert
 from qconvert.errors import QConvertError
 from qconvert.stored import open_stored
 from qconvert.types import JSON, Check, Report
 from qconvert.validate import isolation, truncate
 from qconvert.validate.reports import RELOAD, Progress
 
-HELD_OUT = Path(qconvert.__file__).parent / "demo" / "heldout.txt"
+HELD_OUT = Path(__file__).parent.parent / "demo" / "heldout.txt"
 MAX_TOKENS = 2048
 TIMEOUT = 1800.0
 """Seconds; a model that is reloaded whole takes seconds to minutes."""
