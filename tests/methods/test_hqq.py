@@ -17,6 +17,7 @@ from qconvert.errors import NonFinite, UsageError
 from qconvert.methods.hqq import BITS, HQQ
 from qconvert.types import Array
 
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Tensors this small only wait for each other on more."""
