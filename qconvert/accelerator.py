@@ -35,14 +35,14 @@ def choose(name: str) -> Quantize | None:
         device = torch.device(name)
     except RuntimeError as error:
         raise DeviceMissing(
-            f"unknown device {name!r}", hint="--device cpu, cuda or cuda:0"
+            f"unknown device {name!r}: expected auto, cpu, cuda or cuda:0", hint="--device auto"
         ) from error
     if device.type != "cuda" or not torch.cuda.is_available():
         raise DeviceMissing(f"device {name!r} is not in this machine", hint="--device cpu")
     if (device.index or 0) >= torch.cuda.device_count():
         raise DeviceMissing(
             f"device {name!r} is not in this machine",
-            hint=f"--device cuda:0 … cuda:{torch.cuda.device_count() - 1}",
+            hint=f"--device cuda:{torch.cuda.device_count() - 1}",
         )
     return Accelerator(name)
 

@@ -62,8 +62,12 @@ class Result:
 def plan(request: Request) -> Plan:
     """Resolves the model and plans its conversion; reads headers and config, writes nothing."""
     method = registry.info(request.method)
-    skip = _regex("--skip", request.skip) if request.skip is not None else None
+    skip = None
+    if request.skip is not None:
+        skip = _regex(request.skip, "--skip", hint="--skip 'down_proj'")
     overrides = [_override(text) for text in request.overrides]
+    for override in overrides:
+        method.refuse_unknown(override.options)
     checkpoint = open_checkpoint(request.model, revision=request.revision)
     maths, container = method.build(announced_dtype(checkpoint), request.options)
     return make_plan(
@@ -91,8 +95,6 @@ def convert(
     """
     clock = _Clock()
     planned = plan(request)
-    if on_plan is not None:
-        on_plan(planned)
     destination = output_folder(request, planned)
     quantize = _device(request.device)
     clock.lap("plan")
@@ -101,6 +103,8 @@ def convert(
     if staged.finish_commit():
         return _finished_earlier(destination, planned)
     staging.check_destination(destination, planned.checkpoint.root, overwrite=request.overwrite)
+    if on_plan is not None:
+        on_plan(planned)
     check_space(planned, staged)
     with staged.open(restart=request.restart):
         poured = pour(
@@ -212,27 +216,27 @@ def _finished_earlier(destination: Path, planned: Plan) -> Result:
     return Result(destination, planned, verdict, reports, planned.total_bytes, {})
 
 
-def _regex(option: str, text: str) -> re.Pattern[str]:
+def _regex(text: str, option: str, *, hint: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
         raise UsageError(
-            f"{option} {text!r} is not a regular expression: {error}",
-            hint=f"{option} 'down_proj' or {option} 'layers\\.(0|1)\\.'",
+            f"{option} {text!r} is not a regular expression: {error}", hint=hint
         ) from error
 
 
 def _override(text: str) -> Override:
     """Parses `REGEX=bits:4,group_size:64`."""
+    example = "--override 'down_proj=bits:4,group_size:64'"
     pattern, equals, settings = text.rpartition("=")
     pairs = [pair.partition(":") for pair in settings.split(",")]
     if not equals or any(not (key and value.strip().isdigit()) for key, _, value in pairs):
         raise UsageError(
             f"--override {text!r} is not REGEX=option:number,…",
-            hint="--override 'down_proj=bits:4,group_size:64'",
+            hint=example,
         )
     options = {key.strip().replace("-", "_"): int(value) for key, _, value in pairs}
-    return Override(_regex("--override", pattern), options)
+    return Override(_regex(pattern, "--override", hint=example), options)
 
 
 def _device(name: str) -> Quantize | None:

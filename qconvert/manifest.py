@@ -93,7 +93,8 @@ def report_from(data: JSON) -> Report:
 
 def dump(value: Any) -> bytes:
     """JSON as all our files have it: sorted keys, two spaces, a newline at the end."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")  # a path need not be UTF-8: \udcff in JSON
 
 
 def read(folder: Path) -> JSON | None:

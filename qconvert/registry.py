@@ -10,10 +10,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import Any
 
-from qconvert.errors import UsageError
+from qconvert.errors import UsageError, printable
 from qconvert.types import Container, Method
 
 GROUP = "qconvert.methods"
@@ -38,17 +37,21 @@ class MethodInfo:
 
     def build(self, dtype: str, options: Mapping[str, Any]) -> tuple[Method, Container]:
         """The method with its options; `dtype` ("BF16") is the default compute dtype."""
-        unknown = sorted(set(options) - set(self.options))
-        if unknown:
-            raise UsageError(
-                f"{self.verb} has no option {', '.join(unknown)}",
-                hint=f"qconvert {self.verb} --help",
-            )
+        self.refuse_unknown(options)
         given = {**self.fixed, **{k: v for k, v in options.items() if v is not None}}
         method = _load(self.method)
         if "compute_dtype" in getattr(method, "__dataclass_fields__", {}):
             given.setdefault("compute_dtype", dtype)
         return method(**given), self.load_container()
+
+    def refuse_unknown(self, options: Mapping[str, Any]) -> None:
+        """Raises UsageError for options that the method does not have."""
+        unknown = sorted(set(options) - set(self.options))
+        if unknown:
+            raise UsageError(
+                f"{self.verb} has no option {', '.join(map(printable, unknown))}",
+                hint=f"qconvert {self.verb} --help",
+            )
 
     def load_container(self) -> Container:
         """The container's singleton."""
@@ -112,6 +115,8 @@ def info(verb: str) -> MethodInfo:
     for method in METHODS:
         if method.verb == verb:
             return method
+    from importlib.metadata import entry_points  # 20 ms that built-in methods need not pay
+
     for entry_point in entry_points(group=GROUP, name=verb):
         found: MethodInfo = entry_point.load()
         return found

@@ -7,17 +7,18 @@ answers at once.
 
 from __future__ import annotations
 
+import errno
 import os
-import shlex
 import signal
 import sys
-import traceback
+from contextlib import suppress
 from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
-from qconvert import errors
-from qconvert.cli import convert_verbs, read_verbs
+from qconvert import __version__, errors
+from qconvert.cli import convert_verbs, hints, read_verbs
 
 app = typer.Typer(
     name="qconvert",
@@ -31,53 +32,122 @@ app = typer.Typer(
 convert_verbs.register(app)
 read_verbs.register(app)
 
+_PATIENCE = 4.0
+"""Seconds a signal leaves for an orderly end: nothing but an open tile is lost without it."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"qconvert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Options that stand before the verb."""
+
 
 def main() -> None:
     """The `qconvert` command. Exits with the code of the error tree, 70 on a bug of ours."""
+    _open_streams()
     _catch_signals()
     try:
-        app()
+        code = app(prog_name="qconvert", standalone_mode=False)
+        sys.stdout.flush()
     except errors.Interrupted as error:
-        _say(f"interrupted: finished work is kept; continue with\n\n  {_again()}")
-        sys.stderr.flush()
-        os._exit(error.code)  # worker threads may be inside a kernel; nothing is left to save
+        _stop(error.code)
     except errors.QConvertError as error:
-        _say(f"error: {error}" + (f"\n\nhint: {error.hint}" if error.hint else ""))
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        hint = hints.pasteable(error.hint)
+        if not hint and isinstance(error, errors.UsageError):
+            hint = hints.help_of_verb()
+        _fail(str(error), hint, error.exit_code)
+    except BrokenPipeError:  # whoever read our words has seen enough; the work is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)
     except MemoryError:
-        _say("error: out of memory\n\nhint: use fewer workers with --threads 1")
-        sys.exit(errors.ResourceError.exit_code)
+        hint = hints.pasteable("--threads 1")
+        _fail("out of memory", hint, errors.ResourceError.exit_code)
     except Exception as bug:  # noqa: BLE001 - the last line of defence
+        if hasattr(bug, "format_message") and hasattr(bug, "exit_code"):  # Typer's usage errors
+            _fail(*hints.usage(bug), bug.exit_code)
+        if isinstance(bug, OSError) and bug.errno == errno.ENOSPC and not bug.filename:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it fails again at exit
+            _fail("no space left for what is printed here", "", errors.OutputError.exit_code)
         if os.environ.get("QCONVERT_DEBUG"):
+            import traceback
+
             traceback.print_exc()
         _say(
             f"bug: {type(bug).__name__}: {errors.printable(bug)}\n\n"
-            f"hint: please report it with the output of\n\n  QCONVERT_DEBUG=1 {_again()}"
+            f"hint: please report it with the output of\n\n  QCONVERT_DEBUG=1 {hints.again()}"
         )
         sys.exit(70)
+    sys.exit(code or 0)
+
+
+def _open_streams() -> None:
+    """Output that cannot fail on a character, nor on a stream that was closed before we began."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the process's life
+        else:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _catch_signals() -> None:
-    """The first signal stops the conversion in order, a second one at once."""
+    """The first signal stops the conversion in order, a second one at once.
+
+    Libraries swallow exceptions here and there (`except Exception` around an import), and a tile
+    may take long: an alarm makes sure of the end.
+    """
     seen: list[int] = []
 
     def handler(number: int, _: FrameType | None) -> None:
         if seen:
-            os._exit(128 + number)
+            _leave(128 + number)
         seen.append(number)
+        signal.signal(signal.SIGALRM, lambda *_: _stop(128 + number))
+        signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
         raise errors.Interrupted(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, handler)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and jobs in the background
+            signal.signal(number, handler)
 
 
-def _again() -> str:
-    """The command as typed, to be pasted."""
-    return shlex.join(["qconvert", *sys.argv[1:]])
+def _stop(code: int) -> NoReturn:
+    """Says how to go on, and ends the process under its worker threads: a kernel may be at work
+    in them, and nothing is left to save."""
+    name = signal.Signals(code - 128).name
+    _say(
+        f"error: interrupted by {name}; what is finished is kept\n\n"
+        f"hint: {hints.again(without=['--restart'])}"
+    )
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    with suppress(OSError, ValueError):
+        if sys.stderr.isatty():
+            sys.stderr.write("\x1b[?25h")  # the progress bar hides the cursor
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _fail(what: str, hint: str, code: int) -> NoReturn:
+    if what:  # help was printed already where no verb was given
+        _say(f"error: {what}" + (f"\n\nhint: {hint}" if hint else ""))
+    sys.exit(code)
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    with suppress(OSError):  # the terminal may be gone: SIGHUP says so
+        print(text, file=sys.stderr)

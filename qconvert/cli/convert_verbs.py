@@ -17,26 +17,31 @@ from qconvert.cli import options as opt
 from qconvert.errors import UsageError
 from qconvert.types import TORCH_NAMES, dtype_from_torch
 
-_Bits = Annotated[int, typer.Option(help="8, 6, 5, 4, 3, 2 or 1.", show_default=False)]
-_BnbBits = Annotated[int, typer.Option(help="8 (LLM.int8) or 4 (NF4).", show_default=False)]
-_GroupSize = Annotated[int, typer.Option(help="Weights that share scale and zero.")]
-_Axis = Annotated[int, typer.Option(help="1: groups along in_features; 0: across the weight.")]
+_Bits = Annotated[int, typer.Option(help="8, 6, 5, 4, 3, 2 or 1.", metavar="N", show_default=False)]
+_BnbBits = Annotated[
+    int, typer.Option(help="8 (LLM.int8) or 4 (NF4).", metavar="N", show_default=False)
+]
+_GroupSize = Annotated[int, typer.Option(help="Weights that share scale and zero.", metavar="N")]
+_Axis = Annotated[
+    int, typer.Option(help="1: groups along in_features; 0: across the weight.", metavar="N")
+]
 _Override = Annotated[
     list[str] | None,
     typer.Option(
         "--override",
-        help="Other options for some layers: 'down_proj=bits:4,group_size:64'. Repeatable.",
+        help="Other options for some layers: 'down_proj=bits:8'. Repeatable.",
         metavar="REGEX=…",
     ),
 ]
 _DoubleQuant = Annotated[
     bool, typer.Option("--double-quant/--no-double-quant", help="Quantize absmax too.")
 ]
-_Blocksize = Annotated[int, typer.Option(help="Weights that share one absmax.")]
+_Blocksize = Annotated[int, typer.Option(help="Weights that share one absmax.", metavar="N")]
 _ComputeDtype = Annotated[
     str | None,
     typer.Option(
         help="bfloat16, float16 or float32: what the loader computes in.",
+        metavar="DTYPE",
         show_default="the source's",
     ),
 ]
@@ -92,7 +97,7 @@ def register(app: typer.Typer) -> None:
             [("bits", _BnbBits, ...), *_BNB_4BIT, *_PLANNING, *more],
             dry_run=target is planning,
         )
-    app.add_typer(planning, name="plan", no_args_is_help=True)
+    app.add_typer(planning, name="plan", no_args_is_help=True, rich_help_panel="Look")
 
 
 def _add(
@@ -117,17 +122,17 @@ def _add(
             ),
         ]
     )
-    target.command(verb, help=f"{summary[0].upper()}{summary[1:]}.")(command)
+    target.command(verb, help=f"{summary}.", rich_help_panel="Convert")(command)
 
 
 def run(verb: str, given: dict[str, Any]) -> None:
     """Converts (or plans) as the options say, and prints the outcome."""
-    from qconvert import convert
     from qconvert.cli import show
     from qconvert.cli.progress import progress_bar
+    from qconvert.convert import Request, convert, plan
 
     verb, method_options = _method_options(verb, given)
-    request = convert.Request(
+    request = Request(
         model=given["model"],
         method=verb,
         options=method_options,
@@ -144,10 +149,10 @@ def run(verb: str, given: dict[str, Any]) -> None:
     )
     screen = show.Screen(json=given["json"], quiet=given["quiet"])
     if given["dry_run"]:
-        screen.plan(convert.plan(request), request)
+        screen.plan(plan(request), request)
         return
     with progress_bar(enabled=screen.talks) as progress:
-        result = convert.convert(request, progress=progress, on_plan=screen.announce)
+        result = convert(request, progress=progress, on_plan=screen.announce)
     screen.result(result)
 
 

@@ -11,14 +11,21 @@ import typer
 from qconvert.errors import UsageError
 
 Model = Annotated[
-    str, typer.Argument(help="A folder, a Hub id (org/name), or 'demo'.", show_default=False)
+    str,
+    typer.Argument(
+        help="A folder, a Hub id (org/name), or 'demo'.", metavar="MODEL", show_default=False
+    ),
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Where to write; default ./<model>-<METHOD>-<bits>bit."),
-]
+    typer.Option(
+        "--output", "-o", help="Where to write.", metavar="DIR",
+        show_default="./<model>-<METHOD>-<bits>bit",
+    ),
+]  # fmt: skip
 Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of the source.", show_default="main")
+    str | None,
+    typer.Option(help="Branch, tag or commit of the source.", metavar="REF", show_default="main"),
 ]
 Skip = Annotated[
     str | None, typer.Option(help="Regex: keep matching layers in full precision.", metavar="REGEX")
@@ -30,9 +37,12 @@ Restart = Annotated[bool, typer.Option("--restart", help="Forget an unfinished c
 MaxShardSize = Annotated[
     str, typer.Option(help="Largest weight file, such as 5GB or 500MB.", metavar="SIZE")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.", metavar="NAME")]
 Threads = Annotated[
-    int | None, typer.Option(help="Worker threads.", min=1, show_default="all processors")
+    int | None,
+    typer.Option(
+        help="Worker threads.", metavar="N", min=1, max=1024, show_default="all processors"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]

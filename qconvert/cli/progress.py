@@ -13,6 +13,8 @@ from qconvert.text import human_bytes
 
 Progress = Callable[[int, int, str], None]
 _PLAIN_SECONDS = 10.0
+_WIDE = 120
+"""Columns that a bar needs beside the words."""
 _MOST_STEPS = 1000
 """A stage with a smaller total counts steps, not bytes (the reload level does)."""
 
@@ -39,19 +41,23 @@ def _rich_bar() -> Iterator[Progress]:
     from rich import progress as rich
     from rich.console import Console
 
-    columns = (
+    console = Console(stderr=True)
+    wide = console.width >= _WIDE
+    columns: list[rich.ProgressColumn] = [
         rich.TextColumn("{task.fields[what]}"),
-        rich.BarColumn(bar_width=24),
         rich.TextColumn("{task.fields[state]}"),
-    )
-    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    ]
+    if wide:
+        columns.insert(1, rich.BarColumn(bar_width=24))
+    most = 32 if wide else 20
+    with rich.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=1, what="", state="")
         state = _State()
         lock = threading.Lock()
 
         def update(done: int, total: int, what: str) -> None:
             with lock:
-                label = what if len(what) <= 32 else "…" + what[-31:]
+                label = what if len(what) <= most else "…" + what[1 - most :]
                 text = state.text(done, total)
                 bar.update(task, completed=done, total=total, what=label, state=text)
 
@@ -73,7 +79,8 @@ class _PlainLines:
                 return
             self._last = time.monotonic()
         share = 100 * done / max(total, 1)
-        print(f"{share:3.0f} %  {text}: {what}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody listens: no reason to stop
+            print(f"{share:3.0f} %  {text}: {what}", file=sys.stderr, flush=True)
 
 
 class _State:

@@ -10,22 +10,25 @@ import typer
 from qconvert import contract, registry
 from qconvert.cli import options as opt
 
-_Folder = Annotated[Path, typer.Argument(help="A folder.", show_default=False)]
+_Folder = Annotated[Path, typer.Argument(help="A folder.", metavar="PATH", show_default=False)]
 _Against = Annotated[
     str | None, typer.Option(help="The source: a folder, a Hub id, or 'demo'.", metavar="SOURCE")
 ]
 _Level = Annotated[
     list[str] | None,
-    typer.Option("--level", help="contract, numeric or reload; repeatable. Default: all."),
+    typer.Option(
+        "--level",
+        help="contract, numeric or reload; repeatable.",
+        metavar="NAME",
+        show_default="all",
+    ),
 ]
 
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs to the application."""
-    app.command("inspect")(inspect)
-    app.command("validate")(validate)
-    app.command("formats")(formats)
-    app.command("doctor")(doctor)
+    for verb in (inspect, validate, formats, doctor):
+        app.command(verb.__name__, rich_help_panel="Look")(verb)
 
 
 def inspect(path: _Folder, json: opt.Json = False) -> None:

@@ -6,11 +6,13 @@ Data goes to stdout, talk to stderr. With --json, stdout holds one JSON document
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -18,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qconvert import contract
+from qconvert.cli.loaders import print_loaders
 from qconvert.errors import printable
 from qconvert.text import figures, human_bytes
 from qconvert.types import JSON, Action, Plan, Report, Verdict
@@ -38,8 +41,41 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+    """One JSON document on stdout; NaN and Inf, which JSON does not have, become null."""
+    text = json.dumps(_finite(value), indent=2, sort_keys=True, default=str, allow_nan=False)
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget(sys.stdout)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+class _Screen(Console):
+    """A console whose reader may leave (`| head`): the work goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _forget(self.file)
+
+
+def _forget(stream: IO[str]) -> None:
+    """Lets what is written to a stream vanish: whoever read it has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def console(*, stderr: bool = False) -> Console:
+    """The screen in the house style: nothing is coloured that was not asked to be."""
+    return _Screen(stderr=stderr, highlight=False)
 
 
 class Screen:
@@ -48,8 +84,8 @@ class Screen:
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
         self._json = json
         self.talks = not (json or quiet)
-        self._out = Console()
-        self._err = Console(stderr=True)
+        self._out = console()
+        self._err = console(stderr=True)
 
     def announce(self, plan: Plan) -> None:
         """One line before the work begins, and every warning of the plan."""
@@ -69,6 +105,8 @@ class Screen:
         if self._json:
             print_json(plan_json(plan))
             return
+        if not self.talks:
+            return
         out = self._out
         summary = table("", "")
         summary.show_header = False
@@ -81,10 +119,7 @@ class Screen:
         files.add_row("[bold]in all[/]", f"[bold]{plan.total_bytes:,}[/]")
         out.print(files)
         out.print(_kept_table(plan))
-        loaders = table("loader", "versions", "state")
-        for loader in contract.load(plan.container.name).data["loaders"]:
-            loaders.add_row(loader["loader"], loader["versions"], loader["status"])
-        out.print(loaders)
+        print_loaders(out, contract.load(plan.container.name))
         self._warn(plan)
 
     def result(self, result: Result) -> None:
@@ -113,7 +148,8 @@ class Screen:
             f"[bold]{escape(printable(result.folder))}[/]  "
             f"{human_bytes(result.plan.total_bytes)}, {saved:.0f} % smaller, "
             f"{result.plan.bits_per_weight:.2f} bits per weight, "
-            f"in {sum(result.seconds.values()):.1f} s"
+            f"in {sum(result.seconds.values()):.1f} s",
+            soft_wrap=True,
         )
 
     def reports(self, reports: Sequence[Report], verdict: Verdict | None) -> None:
@@ -125,7 +161,7 @@ class Screen:
                     self._out.print(f"    [red]✗[/] {escape(check.name)}: {escape(check.detail)}")
             for label, value in figures(report.data):
                 self._out.print(f"    {label}: {escape(value)}")
-            for who, text in report.data.get("continuation", {}).items():
+            for who, text in report.data.get("samples", {}).items():
                 self._out.print(f"    {who}: [italic]{escape(printable(text))}[/]")
         colour = {None: "yellow", Verdict.FAILED: "red", Verdict.CHECKED: "yellow"}
         word = verdict or "not validated"
@@ -208,8 +244,8 @@ def _summary(plan: Plan, request: Request) -> list[tuple[str, str]]:
 
 
 def _kept_table(plan: Plan) -> Table:
-    kept = table("stays in full precision, because", "tensors", "bytes", right=["tensors", "bytes"])
-    kept.add_column("such as", overflow="fold")
+    right = ["tensors", "bytes"]
+    kept = table("full precision, because", "tensors", "bytes", "such as", right=right)
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
     example: dict[str, str] = {}

@@ -15,11 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from qconvert import __version__
-from qconvert.cli.show import print_json, table
+from qconvert.cli.show import console, print_json, table
 from qconvert.text import human_bytes
 from qconvert.types import JSON
 
@@ -29,7 +28,7 @@ def show(*, json: bool) -> None:
     if json:
         print_json(report)
         return
-    out = Console()
+    out = console()
     machine = table("", "")
     machine.show_header = False
     for label, value in report["machine"].items():

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
-from qconvert.cli.show import print_json, table
+from qconvert.cli.show import console, print_json, table
 from qconvert.errors import printable
 from qconvert.stored import Stored, open_stored
 from qconvert.text import human_bytes
 from qconvert.types import JSON
+
+FULL = "full precision"
 
 
 def show(path: Path, *, json: bool) -> None:
@@ -22,17 +23,21 @@ def show(path: Path, *, json: bool) -> None:
     if json:
         print_json(data)
         return
-    out = Console()
+    out = console()
+    shared = _shared_options(data["modules"].values())
     head = table("", "")
     head.show_header = False
     for label in ("folder", "format", "source", "verdict", "made with"):
         head.add_row(label, escape(printable(data[label] or "unknown: no manifest")))
+    method = ", ".join(sorted({module["method"] for module in _quantized(data["modules"])}))
+    head.add_row("method", escape(printable(" ".join([method, *_words(shared)]))))
     head.add_row("bytes", f"{data['bytes']:,} ({human_bytes(data['bytes'])})")
     head.add_row("bits per weight", f"[bold]{data['bits per weight']:.3f}[/]")
     out.print(head)
-    right = ["count", "bits per weight", "bytes"]
-    rows = table("modules", "count", "method", "bits per weight", "bytes", right=right)
-    for row in _grouped(data["modules"].items()):
+    rows = table("modules", "count", "stored as", "bits each", "bytes")
+    for column in (1, 3, 4):
+        rows.columns[column].justify = "right"
+    for row in _grouped(data["modules"].items(), shared):
         rows.add_row(*row)
     out.print(rows)
 
@@ -44,7 +49,7 @@ def describe(stored: Stored) -> JSON:
         size = sum(spec.nbytes for spec in stored.specs(name))
         modules[name] = _module(method.name, method.options(), size, layer.tensor.numel)
     for name, info in stored.copies.items():
-        modules[name] = _module("full precision", {"dtype": info.dtype}, info.nbytes, info.numel)
+        modules[name] = _module(FULL, {"dtype": info.dtype}, info.nbytes, info.numel)
     size = sum(module["bytes"] for module in modules.values())
     weights = sum(module["weights"] for module in modules.values())
     manifest = stored.manifest or {}
@@ -55,12 +60,19 @@ def describe(stored: Stored) -> JSON:
         "format": stored.container.name,
         "source": source.get("repo_id") or source.get("name"),
         "revision": source.get("revision"),
-        "verdict": manifest.get("validation", {}).get("verdict"),
+        "verdict": _verdict(manifest),
         "made with": ", ".join(f"{name} {number}" for name, number in versions.items()),
         "bytes": size,
         "bits per weight": 8 * size / max(1, weights),
         "modules": modules,
     }
+
+
+def _verdict(manifest: JSON) -> str | None:
+    """What the manifest claims; None without one."""
+    if not manifest:
+        return None
+    return manifest.get("validation", {}).get("verdict") or "not validated"
 
 
 def _module(method: str, options: JSON, size: int, weights: int) -> JSON:
@@ -73,20 +85,51 @@ def _module(method: str, options: JSON, size: int, weights: int) -> JSON:
     }
 
 
-def _grouped(modules: Iterable[tuple[str, Any]]) -> list[tuple[str, str, str, str, str]]:
-    """One row for the same module of every block: numbers in the path become a star."""
+def _quantized(modules: Mapping[str, Any]) -> list[Any]:
+    return [module for module in modules.values() if module["method"] != FULL]
+
+
+def _shared_options(modules: Iterable[Any]) -> JSON:
+    """The options that every quantized module has in common."""
+    shared: JSON | None = None
+    for module in modules:
+        if module["method"] != FULL:
+            options = module["options"]
+            shared = dict(options) if shared is None else _common(shared, options)
+    return shared or {}
+
+
+def _common(one: JSON, other: JSON) -> JSON:
+    return {key: value for key, value in one.items() if other.get(key) == value}
+
+
+def _words(options: JSON) -> list[str]:
+    return [f"{key}={value}" for key, value in options.items()]
+
+
+def _grouped(
+    modules: Iterable[tuple[str, Any]], shared: JSON
+) -> list[tuple[str, str, str, str, str]]:
+    """One row for the same module of every block: numbers in the path become a star.
+
+    `shared` options are said once, above; a row names those that are its own.
+    """
     groups: dict[tuple[str, str], list[Any]] = {}
     for name, module in modules:
-        options = " ".join(f"{key}={value}" for key, value in module["options"].items())
-        key = (re.sub(r"\d+", "*", name), f"{module['method']} {options}")
-        groups.setdefault(key, []).append(module)
+        options = module["options"]
+        if module["method"] == FULL:
+            stored = options["dtype"]
+        else:
+            own = {key: value for key, value in options.items() if key not in shared}
+            stored = " ".join([module["method"], *_words(own)])
+        groups.setdefault((re.sub(r"\d+", "*", name), stored), []).append(module)
     return [
         (
             escape(printable(name)),
             str(len(members)),
-            escape(printable(method)),
+            escape(printable(stored)),
             f"{members[0]['bits per weight']:.3f}",
             f"{sum(member['bytes'] for member in members):,}",
         )
-        for (name, method), members in groups.items()
+        for (name, stored), members in groups.items()
     ]

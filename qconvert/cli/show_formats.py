@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
-from rich.console import Console
 from rich.markup import escape
 
-from qconvert.cli.show import print_json, table
+from qconvert.cli.loaders import installed, print_loaders, readable
+from qconvert.cli.show import console, print_json, table
 from qconvert.contract import Contract
 from qconvert.registry import MethodInfo
 from qconvert.types import JSON
@@ -18,24 +17,18 @@ def show(methods: Sequence[MethodInfo], contracts: Sequence[Contract], json: boo
     if json:
         print_json(_data(methods, contracts))
         return
-    out = Console()
-    rows = table("method", "bits", "format", "what it is", "options")
+    out = console()
+    rows = table("method", "bits", "format", "what it is, and its own options")
     for method in methods:
         bits = " ".join(map(str, method.bits))
         names = " ".join("--" + name.replace("_", "-") for name in method.options)
-        rows.add_row(f"[bold]{method.verb}[/]", bits, method.format, method.summary, names)
+        what = escape(method.summary) + (f"\n[dim]{names}[/]" if names else "")
+        rows.add_row(f"[bold]{method.verb}[/]", bits, method.format, what)
     out.print(rows)
-    loaders = table("format", "loader", "versions", "state", "here")
+    out.print("Every method converts on any CPU.")
     for contract in contracts:
-        for loader in contract.data["loaders"]:
-            loaders.add_row(
-                contract.name,
-                loader["loader"],
-                loader["versions"],
-                escape(loader["status"]),
-                _installed(loader["loader"]),
-            )
-    out.print(loaders)
+        print_loaders(out, contract)
+    out.print("\n✓ installed here in such a version, ✗ in another one, – not installed")
 
 
 def _data(methods: Sequence[MethodInfo], contracts: Sequence[Contract]) -> JSON:
@@ -51,17 +44,9 @@ def _data(methods: Sequence[MethodInfo], contracts: Sequence[Contract]) -> JSON:
         },
         "loaders": {
             contract.name: [
-                {**loader, "installed": _installed(loader["loader"])}
+                {**loader, "installed": installed(loader), "readable_here": readable(loader)}
                 for loader in contract.data["loaders"]
             ]
             for contract in contracts
         },
     }
-
-
-def _installed(loader: str) -> str:
-    """The version of the loader's library in this environment, or "–"."""
-    try:
-        return version(loader.split()[0])
-    except PackageNotFoundError:
-        return "–"
