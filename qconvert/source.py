@@ -99,7 +99,7 @@ def open_folder(
     files, tensors = read_weights(root, entries, noted)
     return Checkpoint(
         root=root,
-        name=name or _short_name(root),
+        name=printable(name or _short_name(root)),
         repo_id=repo_id,
         revision=revision,
         config=config,

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from qconvert import arrays, contract, linears, modelconfig, registry, strictjson
-from qconvert.errors import CorruptFile, NotFound, UnsupportedConfig, UsageError
+from qconvert.errors import CorruptFile, NotFound, UnsupportedConfig, UsageError, printable
 from qconvert.safepath import read_bytes
 from qconvert.shards import read_weights
 from qconvert.source import SourceReader, did_you_mean
@@ -127,7 +127,8 @@ def open_stored(folder: Path) -> Stored:
     other SourceErrors for one that is not what it claims to be, as `source.open_folder` does.
     """
     if not folder.is_dir():
-        raise NotFound("no such folder", file=folder, hint=did_you_mean(str(folder)))
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise NotFound(f"{what}: {printable(folder)}", hint=did_you_mean(str(folder)))
     root = folder.resolve()
     entries = sorted(entry.name for entry in root.iterdir())
     if modelconfig.FILE not in entries:
