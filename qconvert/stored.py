@@ -51,6 +51,8 @@ class Stored:
     container: Container
     layers: Mapping[str, tuple[Layer, Method]]
     """Name on disk → the layer and the method that it was quantized with."""
+    owned: frozenset[str]
+    """Every tensor that a quantized layer should consist of; biases are copies and are not here."""
     manifest: JSON | None
 
     @property
@@ -67,16 +69,7 @@ class Stored:
 
     def specs(self, name: str) -> tuple[TensorSpec, ...]:
         """What formats/<name> says that a layer consists of, under global names."""
-        layer, method = self.layers[name]
-        local = contract.load(self.container.name).specs(
-            self.container.variant(method), contract.environment(layer, method)
-        )
-        return tuple(replace(spec, name=f"{name}.{spec.name}") for spec in local)
-
-    @cached_property
-    def owned(self) -> frozenset[str]:
-        """Every tensor that belongs to a quantized layer; biases are copies and do not."""
-        return frozenset(spec.name for name in self.layers for spec in self.specs(name))
+        return _specs(self.container, *self.layers[name])
 
     @cached_property
     def copies(self) -> Mapping[str, TensorInfo]:
@@ -154,7 +147,15 @@ def open_stored(folder: Path) -> Stored:
         )
     if not layers:
         raise CorruptFile(f"no layer that is quantized with {container.name}", file=folder)
-    return Stored(checkpoint, container, layers, _manifest(root))
+    owned = frozenset(spec.name for found in layers.values() for spec in _specs(container, *found))
+    return Stored(checkpoint, container, layers, owned, _manifest(root))
+
+
+def _specs(container: Container, layer: Layer, method: Method) -> tuple[TensorSpec, ...]:
+    local = contract.load(container.name).specs(
+        container.variant(method), contract.environment(layer, method)
+    )
+    return tuple(replace(spec, name=f"{layer.name}.{spec.name}") for spec in local)
 
 
 def _container(config: JSON) -> Container:
