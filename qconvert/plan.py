@@ -320,13 +320,32 @@ def _skip_modules(structure: Structure, entries: Sequence[PlanEntry]) -> tuple[s
     are listed under their names in memory and on disk, since 4.57 builds the latter.
     """
     quantized = {entry.layer.module for entry in entries if entry.layer is not None}
-    paths = dict.fromkeys(path for path in structure.modules if path not in quantized)
+    taken = "\n".join(
+        name for path in quantized for name in (path, *_older_paths(path, structure.modules[path]))
+    )
+    paths: dict[str, None] = {}
+    for path, name in structure.modules.items():
+        if path not in quantized:
+            older = (other for other in _older_paths(path, name) if other not in taken)
+            paths |= dict.fromkeys((path, *older))
     for name, role in structure.roles.items():
         if role.kind is Kind.ROUTER:
             paths |= dict.fromkeys((role.module, name.removesuffix(".weight")))
         elif role.kind is Kind.EXPERTS:
             paths |= dict.fromkeys(_expert_paths(role.module, name))
     return tuple(paths)
+
+
+def _older_paths(path: str, name: str | None) -> Iterator[str]:
+    """Where transformers 4 may have a layer that 5 has at `path`, whose name on disk is `name`.
+
+    4 renames prefixes alone, at most by putting "model." before them: LLaVA's vision tower is
+    `vision_tower.vision_model` on disk, `model.vision_tower.vision_model` in 4.57, and
+    `model.vision_tower` in 5. A layer that no list of 4.57 names is replaced there, or, by HQQ,
+    never filled.
+    """
+    if name is not None and name != path:
+        yield from (other for other in (name, f"model.{name}") if other != path)
 
 
 def _refuse_ambiguous(plan: Plan) -> None:

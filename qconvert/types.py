@@ -323,7 +323,7 @@ class Plan:
     entries: tuple[PlanEntry, ...]
     shards: tuple[Shard, ...]
     skip_modules: tuple[str, ...]
-    """Paths in memory of every linear layer that stays in full precision."""
+    """Paths in memory of every linear layer that stays in full precision, and older ones."""
     generated: Mapping[str, bytes]
     """config.json and the index: bytes known in advance."""
     copied: Mapping[str, int]
