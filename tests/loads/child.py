@@ -69,7 +69,9 @@ def look(
     model = loaded.model
     layers = {layer.module: layer for layer, _ in stored.layers.values()}
     weights = {
-        path: weight_error(dequantized(model.get_submodule(path), layer), expected[f"{path}.weight"])
+        path: weight_error(
+            dequantized(model.get_submodule(path), layer), expected[f"{path}.weight"]
+        )
         for path, layer in layers.items()
     }
     found = tensors_of(model)

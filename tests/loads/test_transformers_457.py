@@ -1,0 +1,97 @@
+"""transformers 4.57, the newest release that reads HQQ checkpoints, in an environment of its own.
+
+It is made with pip beside the running one, whose torch, hqq and bitsandbytes it shares; set
+QCONVERT_VENV_457 to the folder of an environment that is there already.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qconvert.types import Plan
+from tests.loads.runs import Case, assert_classes, make_all, run_child, tokens
+from tests.loads.test_stock_loaders import CASES, CLASSES, HQQ, TOLERANCE
+from tests.models import MODELS
+
+pytestmark = pytest.mark.slow
+
+TRANSFORMERS = "4.57.6"
+ACTIVATIONS = 0.03
+"""Relative error of outputs where LLM.int8 quantizes the activations too."""
+
+ALL = CASES | {f"hqq-{m}": Case(m, "hqq", {"bits": 4}) for m in MODELS if m != "gpt2"}
+RUNS = {
+    **{f"{name}/source dtype": (name, None) for name in ALL},
+    **{f"{name}/float32": (name, "float32") for name in (*HQQ, "hqq-qwen2")},
+}
+"""What is loaded, and in which dtype if not that of its config.json."""
+
+Loads = dict[str, tuple[Plan, str, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with transformers 4.57."""
+    ready = os.environ.get("QCONVERT_VENV_457")
+    if ready:
+        return Path(ready) / "bin" / "python"
+    folder = tmp_path_factory.mktemp("transformers457")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
+    import torch
+
+    shared = Path(torch.__file__).parent.parent
+    (Path(own.stdout.strip()) / "shared.pth").write_text(f"{shared}\n")
+    pip = [python, "-m", "pip", "install", "--quiet", f"transformers=={TRANSFORMERS}"]
+    subprocess.run([*pip, "hqq", "bitsandbytes", "accelerate"], check=True)
+    return python
+
+
+@pytest.fixture(scope="module")
+def loads(interpreter: Path, tmp_path_factory: pytest.TempPathFactory) -> Loads:
+    """Of every run: the plan, the dtype that it computed in, and what the child saw."""
+    root = tmp_path_factory.mktemp("loads457")
+    made = make_all(ALL, root)
+    runs = []
+    for run, (name, dtype) in RUNS.items():
+        folder, plan = made[name]
+        dtype = dtype or ALL[name].dtype
+        logits = root / f"{run.replace('/', ' ')}.safetensors"
+        common = {"folder": str(folder), "dtype": dtype, "ids": tokens(), "logits": str(logits)}
+        runs.append((plan, dtype, common))
+    for seen in run_child([{**common, "loader": None} for _, _, common in runs], root):
+        assert seen == {"raised": None, "complaints": [], "network": seen["network"]}
+    requests = [{**common, "architecture": plan.structure.architecture}
+                for plan, _, common in runs]  # fmt: skip
+    child = [str(interpreter), str(Path(__file__).with_name("child_457.py"))]
+    results = run_child(requests, root, child)
+    return {
+        run: (plan, dtype, seen)
+        for run, (plan, dtype, _), seen in zip(RUNS, runs, results, strict=True)
+    }
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_transformers_457_makes_of_it_the_model_that_we_meant(run: str, loads: Loads) -> None:
+    plan, dtype, seen = loads[run]
+    method = ALL[RUNS[run][0]].method
+    assert seen["raised"] is None
+    assert seen["transformers"] == TRANSFORMERS
+    assert seen["complaints"] == []
+    assert_classes(plan, seen["classes"], CLASSES[method])
+    assert seen["finite"]
+    assert seen["error"] < (ACTIVATIONS if method == "int8" else TOLERANCE[dtype])
+
+
+def test_every_run_took_place(loads: Loads) -> None:
+    assert len(loads) == len(RUNS) == len(ALL) + len(HQQ) + 1
+    assert len(ALL) == len(CASES) + len(MODELS) - 4
+    assert {dtype for _, dtype, _ in loads.values()} == {"bfloat16", "float16", "float32"}
