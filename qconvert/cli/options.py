@@ -19,10 +19,12 @@ Model = Annotated[
 Output = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", help="Where to write.", metavar="DIR",
-        show_default="./<model>-<METHOD>-<bits>bit",
+        "--output",
+        "-o",
+        help="Where to write. Default: a folder here, named after model, method and bits.",
+        metavar="DIR",
     ),
-]  # fmt: skip
+]
 Revision = Annotated[
     str | None,
     typer.Option(help="Branch, tag or commit of the source.", metavar="REF", show_default="main"),

@@ -40,7 +40,8 @@ def show(*, json: bool) -> None:
         rows.add_row(name, escape(row["needed"]), row["installed"] or "–", mark)
     out.print(rows)
     if report["fix"]:
-        out.print(f"[red]missing or too old[/], hint:\n\n  {escape(report['fix'])}")
+        out.print("[red]missing or too old libraries[/]\n")
+        out.print(f"hint: {escape(report['fix'])}", soft_wrap=True)
     else:
         out.print("[green]everything that qconvert needs is installed[/]")
 
