@@ -18,7 +18,7 @@ import re
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,6 +87,7 @@ class _OpenShard:
     fd: int
     open_entries: int
     unsynced: int = 0
+    syncing: Future[None] | None = None
 
 
 @dataclass(slots=True)
@@ -125,6 +126,7 @@ class _Pouring:
         self.poured = Poured({})
         self.open_shards: list[_OpenShard] = []
         self.sealer = ThreadPoolExecutor(1, "seal")
+        self.syncer = ThreadPoolExecutor(1, "sync")  # the disk works while the others compute
         self.sealing: list[Future[None]] = []
         self.checksums = {r["tensor"]: r["checksum"] for r in staging.records if "tensor" in r}
         self.sealed = {r["shard"]: r["sha256"] for r in staging.records if "shard" in r}
@@ -143,6 +145,7 @@ class _Pouring:
         finally:
             pool.shutdown()
             self.sealer.shutdown()
+            self.syncer.shutdown()
             for target in self.open_shards:
                 os.close(target.fd)
         if self.failed:
@@ -228,11 +231,9 @@ class _Pouring:
         _pwrite(target.fd, data, at)
         with self.lock:
             target.unsynced += len(data)
-            sync = target.unsynced >= _SYNC_BYTES
-            if sync:
+            if target.unsynced >= _SYNC_BYTES and (not target.syncing or target.syncing.done()):
                 target.unsynced = 0
-        if sync:
-            os.fdatasync(target.fd)  # the disk works while the others compute
+                target.syncing = self.syncer.submit(os.fdatasync, target.fd)
         return zlib.crc32(data, at & 0xFFFFFFFF)
 
     def _end_tensor(self, job: _Job) -> None:
@@ -281,6 +282,8 @@ class _Pouring:
                 for file in {self.plan.entries[i].tensor.file for i in target.shard.entries}:
                     self.reader.check_unchanged(file)
                 digest = self._sha256(target.fd)
+                if target.syncing:
+                    target.syncing.result()
                 if self.failed or self.abort.is_set():
                     return
                 publish(target.part, target.final)
@@ -290,6 +293,8 @@ class _Pouring:
             self.abort.set()
             raise
         finally:
+            if target.syncing:
+                wait([target.syncing])
             os.close(target.fd)
             self.open_shards.remove(target)
 
