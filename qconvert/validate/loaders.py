@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from qconvert import modelconfig
 from qconvert.errors import ContractViolation
 from qconvert.plan import announced_dtype
+from qconvert.safepath import read_bytes
 from qconvert.source import SourceReader
 from qconvert.stored import LayerReader, Stored, read_tensor
 from qconvert.types import TORCH_NAMES, TensorInfo
@@ -49,10 +51,14 @@ class Loaded:
 
 
 def config_of(folder: Path) -> Any:
-    """The configuration as transformers reads it, of a class that transformers ships."""
-    from transformers import AutoConfig
+    """The full-precision configuration, without the keys by which it could load code."""
+    from transformers import CONFIG_MAPPING
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = modelconfig.parse(
+        read_bytes(folder.resolve(), modelconfig.FILE, modelconfig.MAX_BYTES)
+    )
+    config.pop("quantization_config", None)
+    return CONFIG_MAPPING[config["model_type"]].from_dict(modelconfig.inert(config))
 
 
 def model_class(config: Any) -> Any:
@@ -68,8 +74,8 @@ def model_class(config: Any) -> Any:
 
 def source(folder: Path, dtype: Any, device: str) -> Loaded:
     """The full-precision model, in the dtype that the quantized one computes in."""
-    cls = model_class(config_of(folder))
-    model, info = cls.from_pretrained(folder, dtype=dtype, **_SAFE)
+    config = config_of(folder)
+    model, info = model_class(config).from_pretrained(folder, config=config, dtype=dtype, **_SAFE)
     return Loaded(model.to(device), _complaints(info), f"transformers {_version('transformers')}")
 
 
@@ -81,8 +87,6 @@ def compute_dtype(stored: Stored) -> Any:
 def dequantized(stored: Stored, dtype: Any, device: str) -> Loaded:
     """The plain model class with the weights that our decoder reads out of the folder."""
     config = config_of(stored.root)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     with SourceReader(stored.checkpoint) as reader:
         weights = {
             name: to_torch(read_tensor(reader, info), info.dtype)

@@ -93,6 +93,15 @@ def test_other_dtypes_are_verified(name: str, dtype: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_source_that_asks_for_code_is_loaded_without_it(tmp_path: Path) -> None:
+    source = tiny("llama", tmp_path / "source")
+    wishes = {"attn_implementation": "evil/kernels", "auto_map": {"AutoConfig": "evil.Config"}}
+    faults.configure(source, lambda config: config.update(wishes))
+    folder = faults.quantize(source, "hqq4", tmp_path / "out")
+    assert failed(check_reload(folder, source, device="cpu")) == {}
+
+
+@pytest.mark.slow
 def test_without_a_source_the_loader_is_compared_with_our_decoder(results: Folders) -> None:
     found = validate_folder(results("hqq4"), device="cpu")
     assert found.verdict is None
