@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from qconvert import contract
@@ -158,13 +159,15 @@ class Screen:
             self._out.print(_level_line(report))
             for check in report.checks:
                 if not check.passed:
-                    self._out.print(f"    [red]✗[/] {escape(check.name)}: {escape(check.detail)}")
+                    line = f"[red]✗[/] {escape(check.name)}: {escape(check.detail)}"
+                    self._out.print(_indented(line))
             for label, value in figures(report.data):
-                self._out.print(f"    {label}: {escape(value)}")
+                self._out.print(_indented(f"{label}: {escape(value)}"))
             for who, text in report.data.get("samples", {}).items():
-                self._out.print(f"    {who}: [italic]{escape(printable(text))}[/]")
+                self._out.print(_indented(f"{who}: [italic]{escape(printable(text))}[/]"))
         colour = {None: "yellow", Verdict.FAILED: "red", Verdict.CHECKED: "yellow"}
-        word = verdict or "not validated"
+        levels = " and ".join(report.level for report in reports if report.passed)
+        word = verdict or (f"passed: {levels}, which is no verdict" if levels else "not validated")
         self._out.print(f"[bold {colour.get(verdict, 'green')}]{word}[/]")
 
     def validation(self, found: Validation) -> None:
@@ -258,6 +261,10 @@ def _kept_table(plan: Plan) -> Table:
         such_as = escape(printable(example[reason]))
         kept.add_row(escape(reason), str(number), f"{size[reason]:,}", such_as)
     return kept
+
+
+def _indented(text: str) -> Padding:
+    return Padding(text, (0, 0, 0, 4), expand=False)
 
 
 def _level_line(report: Report) -> str:
