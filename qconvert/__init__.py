@@ -1,5 +1,35 @@
-"""qconvert turns full-precision checkpoints into quantized ones, and proves them."""
+"""qconvert turns full-precision checkpoints into quantized ones, and proves them.
+
+    import qconvert
+    result = qconvert.convert("demo", "hqq", bits=4)
+    print(result.verdict, result.folder)
+
+The public names are imported when they are first used, so that `import qconvert` costs nothing.
+"""
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qconvert.version import __version__
+
+if TYPE_CHECKING:
+    from qconvert.api import Plan, Result, Validation, convert, open_checkpoint, plan, validate
+
+__all__ = [
+    "Plan",
+    "Result",
+    "Validation",
+    "__version__",
+    "convert",
+    "open_checkpoint",
+    "plan",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("qconvert.api"), name)
+    raise AttributeError(f"module 'qconvert' has no attribute {name!r}")

@@ -18,9 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qconvert import __version__
 from qconvert.staging import MANIFEST_NAME
 from qconvert.types import JSON, Check, Plan, Report, Verdict
+from qconvert.version import __version__
 
 RUN_LOG_NAME = "qconvert-run.json"
 """Wall times and paths of the run: beside the result, but neither hashed nor pushed."""

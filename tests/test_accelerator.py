@@ -11,7 +11,7 @@ import pytest
 
 from qconvert import errors
 from qconvert.accelerator import Accelerator, choose
-from qconvert.convert import Request, convert
+from qconvert.conversion import Request, convert
 from qconvert.methods.bnb_4bit import BnB4bit
 from qconvert.methods.hqq import HQQ
 from qconvert.methods.llm_int8 import LLMInt8

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from qconvert.convert import Request, convert, plan
+from qconvert.conversion import Request, convert, plan
 from qconvert.manifest import RUN_LOG_NAME
 from qconvert.staging import MANIFEST_NAME
 from qconvert.types import Action
@@ -104,9 +104,9 @@ def test_bytes_do_not_depend_on_the_environment(
     }
     for name, (variables, umask, threads) in environments.items():
         verb, *options = method
+        command = [sys.executable, "-m", "qconvert", verb, str(source), "-o", str(tmp_path / name)]
         subprocess.run(
-            [sys.executable, "-m", "qconvert", verb, str(source), "-o", str(tmp_path / name)]
-            + [*options, "--no-validate", "--device", "cpu", "--threads", threads, "--quiet"],
+            [*command, *options, "--no-validate", "--device", "cpu", "--threads", threads, "-q"],
             env={**os.environ, **variables},
             umask=umask,
             check=True,
@@ -167,7 +167,11 @@ def test_overrides_and_skip_decide_layer_by_layer(source: Path, tmp_path: Path) 
         skip="o_proj",
     )
     result = convert(wanted)
-    bits = {e.layer.name: (e.method.bits, e.method.group_size) for e in result.plan.quantized() if e.layer}
+    bits = {
+        entry.layer.name: (entry.method.bits, entry.method.group_size)
+        for entry in result.plan.quantized()
+        if entry.layer
+    }
     assert bits["model.layers.0.mlp.down_proj"] == (8, 32)
     assert bits["model.layers.1.self_attn.q_proj"] == (2, 64)
     assert bits["model.layers.0.self_attn.q_proj"] == (4, 64)

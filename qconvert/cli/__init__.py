@@ -17,8 +17,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qconvert import __version__, errors
+from qconvert import errors
 from qconvert.cli import convert_verbs, hints, read_verbs
+from qconvert.version import __version__
+
+# numpy starts a pool of BLAS threads when it is imported, 60 ms of a short verb's time, and
+# nothing here multiplies matrices in numpy.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 app = typer.Typer(
     name="qconvert",

@@ -129,7 +129,7 @@ def run(verb: str, given: dict[str, Any]) -> None:
     """Converts (or plans) as the options say, and prints the outcome."""
     from qconvert.cli import show
     from qconvert.cli.progress import progress_bar
-    from qconvert.convert import Request, convert, plan
+    from qconvert.conversion import Request, convert, plan
 
     verb, method_options = _method_options(verb, given)
     request = Request(

@@ -47,7 +47,7 @@ def validate(
     quiet: opt.Quiet = False,
 ) -> None:
     """Prove a quantized folder: contract, numeric, reload. Exits 6 if it fails."""
-    from qconvert import validate as proving
+    from qconvert import validation as proving
     from qconvert.cli import show
     from qconvert.cli.progress import progress_bar
 

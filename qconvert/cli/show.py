@@ -27,8 +27,8 @@ from qconvert.text import figures, human_bytes
 from qconvert.types import JSON, Action, Plan, Report, Verdict
 
 if TYPE_CHECKING:
-    from qconvert.convert import Request, Result
-    from qconvert.validate import Validation
+    from qconvert.conversion import Request, Result
+    from qconvert.validation import Validation
 
 _LISTED = 12
 
@@ -225,7 +225,7 @@ def plan_json(plan: Plan) -> JSON:
 
 
 def _summary(plan: Plan, request: Request) -> list[tuple[str, str]]:
-    from qconvert.convert import output_folder
+    from qconvert.conversion import output_folder
 
     options = ", ".join(f"{key} {value}" for key, value in plan.method.options().items())
     source = plan.checkpoint.repo_id or str(plan.checkpoint.root)

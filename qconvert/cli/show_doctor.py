@@ -17,10 +17,10 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from qconvert import __version__
 from qconvert.cli.show import console, print_json, table
 from qconvert.text import human_bytes
 from qconvert.types import JSON
+from qconvert.version import __version__
 
 
 def show(*, json: bool) -> None:

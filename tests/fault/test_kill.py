@@ -14,20 +14,21 @@ import random
 import shutil
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qconvert import staging
-from qconvert.convert import Request, convert
+from qconvert.conversion import Request, convert
 from qconvert.manifest import RUN_LOG_NAME
 from tests.models import tiny
 
 POINTS = 48
 _COUNTED = (
-    "open", "mkdir", "pwrite", "write", "fsync", "fdatasync", "rename", "ftruncate", "posix_fallocate",
+    "open", "mkdir", "pwrite", "write", "fsync", "fdatasync", "rename", "ftruncate",
+    "posix_fallocate",
 )  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {"int8": {}, "nf4": {}, "hqq": {"bits": 4}}
 
@@ -75,7 +76,7 @@ def run_forked(request: Request, at: int = 0, when: str = "before") -> tuple[int
             convert(request)
             os.writev(writing, [str(killer.count).encode()])
             code = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the child must end here, whatever happened
             traceback.print_exc()
         finally:
             os._exit(code)
@@ -100,9 +101,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qconvert.tiles.TILE_ELEMENTS", 1 << 12)
-    yield
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from qconvert import errors
-from qconvert.convert import Request, convert
+from qconvert.conversion import Request, convert
 from qconvert.manifest import RUN_LOG_NAME
 from tests.models import tiny
 
@@ -195,7 +195,7 @@ def test_a_full_disk_and_then_a_larger_one(
     need = sum(len(data) for data in tree(tmp_path / "whole").values())
     small = mounted(f"size={int(need * share)}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qconvert.convert.check_space", lambda planned, staged: None)
+        patch.setattr("qconvert.conversion.check_space", lambda planned, staged: None)
         with pytest.raises(errors.DiskFull) as caught:
             convert(request(source, small / "out"))
     assert caught.value.hint

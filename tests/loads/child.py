@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from qconvert.validate import isolation
+from qconvert.validation import isolation
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def look(
     from safetensors.torch import save_file
 
     from qconvert.stored import open_stored
-    from qconvert.validate import loaders, measure
+    from qconvert.validation import loaders, measure
 
     stored = open_stored(Path(folder))
     stored = stored.seen_as(stored.structure())

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qconvert.convert import Request, convert
+from qconvert.conversion import Request, convert
 from qconvert.types import Plan
-from qconvert.validate import isolation
+from qconvert.validation import isolation
 from tests.models import tiny
 
 ROOT = Path(__file__).parent.parent.parent

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qconvert.convert import Request, plan
+from qconvert.conversion import Request, plan
 from qconvert.errors import UsageError
 from qconvert.types import Plan
 from tests.loads.runs import (

@@ -1,4 +1,4 @@
-"""The reload child: `python -m qconvert.validate.child`, a request on stdin, JSON lines on stdout.
+"""The reload child: `python -m qconvert.validation.child`, request on stdin, JSON lines on stdout.
 
 It cuts itself off before anything is imported that could start a thread (see `isolation.py`), and
 what libraries print goes to stderr, so that stdout carries nothing but progress and the result:
@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qconvert.validate import isolation
+from qconvert.validation import isolation
 
 STEPS = ("libraries", "headers", "own dequantization", "stock loader", "source model")
 
@@ -43,7 +43,7 @@ def main() -> None:
 
     tell("libraries")
     from qconvert.types import Check
-    from qconvert.validate.steps import Impossible, Reload
+    from qconvert.validation.steps import Impossible, Reload
 
     reload = Reload(
         folder=Path(request["folder"]),

@@ -16,11 +16,11 @@ import pytest
 
 from qconvert.errors import ReloadFailed
 from qconvert.types import Report, Verdict
-from qconvert.validate import require, truncate, validate_folder
-from qconvert.validate.reload import check_reload
+from qconvert.validation import require, truncate, validate_folder
+from qconvert.validation.reload import check_reload
 from tests.models import tiny
-from tests.validate import faults
-from tests.validate.faults import LAYER
+from tests.validation import faults
+from tests.validation.faults import LAYER
 
 Folders = Callable[[str], Path]
 
@@ -230,7 +230,7 @@ def test_a_child_that_hangs_is_a_finding(results: Folders) -> None:
 @LINUX
 def test_a_child_that_is_killed_is_a_finding(results: Folders) -> None:
     def kill() -> None:
-        os.kill(next(children(os.getpid(), "qconvert.validate.child")), signal.SIGKILL)
+        os.kill(next(children(os.getpid(), "qconvert.validation.child")), signal.SIGKILL)
 
     killer = threading.Timer(1.0, kill)
     killer.start()
@@ -243,11 +243,11 @@ def test_a_child_that_is_killed_is_a_finding(results: Folders) -> None:
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
 def test_the_child_does_not_outlive_its_parent(by: signal.Signals, results: Folders) -> None:
     code = (
-        "from pathlib import Path\nfrom qconvert.validate.reload import check_reload\n"
+        "from pathlib import Path\nfrom qconvert.validation.reload import check_reload\n"
         f"check_reload(Path({str(results('nf4'))!r}), device='cpu')"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    child = next(children(parent.pid, "qconvert.validate.child"))
+    child = next(children(parent.pid, "qconvert.validation.child"))
     parent.send_signal(by)
     parent.wait(timeout=20)
     deadline = time.monotonic() + 20

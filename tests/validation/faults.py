@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qconvert import arrays, manifest
-from qconvert.convert import Request, convert
+from qconvert.conversion import Request, convert
 from qconvert.staging import MANIFEST_NAME
 from qconvert.tensors import build_header, read_header
 from qconvert.types import TensorSpec

@@ -16,8 +16,8 @@ import torch
 
 from qconvert.stored import open_stored
 from qconvert.types import JSON, Check
-from qconvert.validate import judge, loaders, measure
-from qconvert.validate.measure import Text
+from qconvert.validation import judge, loaders, measure
+from qconvert.validation.measure import Text
 
 
 class Impossible(Exception):

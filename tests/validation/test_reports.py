@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qconvert import contract
 from qconvert.errors import ContractViolation, NumericMismatch, ReloadFailed, ValidationError
 from qconvert.types import Check, Report, Verdict
-from qconvert.validate import require, schema, verdict
+from qconvert.validation import require, schema, verdict
 
 GOOD = [Check("fine", True)]
 BAD = [Check("fine", True), Check("first", False, "layer a: 3"), Check("second", False, "b")]

@@ -49,8 +49,8 @@ from qconvert.types import (
     TensorInfo,
     Tile,
 )
-from qconvert.validate.hashing import Hashing
-from qconvert.validate.reports import NUMERIC, Progress, listed, rounded
+from qconvert.validation.hashing import Hashing
+from qconvert.validation.reports import NUMERIC, Progress, listed, rounded
 
 T = TypeVar("T")
 

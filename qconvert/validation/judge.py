@@ -13,8 +13,8 @@ from typing import Any
 from qconvert import contract
 from qconvert.stored import Stored
 from qconvert.types import JSON, Check, Structure
-from qconvert.validate.measure import Text, divergence, relative_error
-from qconvert.validate.reports import listed, rounded
+from qconvert.validation.measure import Text, divergence, relative_error
+from qconvert.validation.reports import listed, rounded
 
 Tensor = Any
 

@@ -23,7 +23,7 @@ import torch
 
 from qconvert import modelconfig
 from qconvert.errors import ContractViolation
-from qconvert.plan import announced_dtype
+from qconvert.planning import announced_dtype
 from qconvert.safepath import read_bytes
 from qconvert.source import SourceReader
 from qconvert.stored import LayerReader, Stored, read_tensor

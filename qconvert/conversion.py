@@ -17,7 +17,7 @@ from typing import Any
 
 from qconvert import card, manifest, registry, staging
 from qconvert.errors import DiskFull, UsageError
-from qconvert.plan import DEFAULT_SHARD_BYTES, Override, announced_dtype, make_plan
+from qconvert.planning import DEFAULT_SHARD_BYTES, Override, announced_dtype, make_plan
 from qconvert.pour import Progress, Quantize, pour
 from qconvert.source import open_checkpoint
 from qconvert.staging import Staging
@@ -164,11 +164,11 @@ def _prove(
 ) -> tuple[Verdict | None, tuple[Report, ...]]:
     if not request.validate:
         return None, ()
-    from qconvert import validate
+    from qconvert import validation
 
-    validation = validate.validate_plan(tree, planned, device=request.device, progress=progress)
-    validate.require(validation.reports)
-    return validation.verdict, validation.reports
+    proof = validation.validate_plan(tree, planned, device=request.device, progress=progress)
+    validation.require(proof.reports)
+    return proof.verdict, proof.reports
 
 
 def _seal(

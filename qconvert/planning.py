@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qconvert import (
-    __version__,
     contract,
     linears,
     modelconfig,
@@ -44,6 +43,7 @@ from qconvert.types import (
     TensorSpec,
     dtype_from_torch,
 )
+from qconvert.version import __version__
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 METADATA = {"format": "pt"}

@@ -15,11 +15,11 @@ from qconvert.errors import NumericMismatch
 from qconvert.source import open_checkpoint
 from qconvert.stored import open_stored
 from qconvert.types import Report
-from qconvert.validate import require, validate_folder
-from qconvert.validate.numeric import Errors, check_numeric, compare
+from qconvert.validation import require, validate_folder
+from qconvert.validation.numeric import Errors, check_numeric, compare
 from tests.models import tiny
-from tests.validate import faults
-from tests.validate.faults import CODES, LAYER, SCALES, TWIN
+from tests.validation import faults
+from tests.validation.faults import CODES, LAYER, SCALES, TWIN
 
 Folders = Callable[[str], Path]
 

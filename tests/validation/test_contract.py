@@ -16,9 +16,9 @@ import pytest
 from qconvert.errors import ContractViolation, NotFound, UsageError
 from qconvert.stored import open_stored
 from qconvert.types import Check, Report, Verdict
-from qconvert.validate import require, validate_folder
-from tests.validate import faults
-from tests.validate.faults import LAYER, TWIN
+from qconvert.validation import require, validate_folder
+from tests.validation import faults
+from tests.validation.faults import LAYER, TWIN
 
 Folders = Callable[[str], Path]
 
@@ -211,7 +211,7 @@ def test_what_is_no_quantized_folder_is_the_users_error(source: Path, tmp_path: 
 
 def test_the_contract_level_needs_no_torch(results: Folders) -> None:
     code = (
-        "import sys; from qconvert.validate import validate_folder\n"
+        "import sys; from qconvert.validation import validate_folder\n"
         f"report = validate_folder({str(results('hqq4'))!r}, levels=['contract']).reports[0]\n"
         "assert report.passed, report\n"
         "assert not {'torch', 'transformers', 'numba'} & sys.modules.keys()"

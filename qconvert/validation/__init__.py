@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qconvert.validate.folder import (
+    from qconvert.validation.folder import (
         LEVELS,
         Validation,
         require,
@@ -26,6 +26,6 @@ __all__ = ["LEVELS", "Validation", "require", "validate_folder", "validate_plan"
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from qconvert.validate import folder
+    from qconvert.validation import folder
 
     return getattr(folder, name)

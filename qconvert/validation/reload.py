@@ -26,8 +26,8 @@ from typing import IO, Any
 from qconvert.errors import QConvertError
 from qconvert.stored import open_stored
 from qconvert.types import JSON, Check, Report
-from qconvert.validate import isolation, truncate
-from qconvert.validate.reports import RELOAD, Progress
+from qconvert.validation import isolation, truncate
+from qconvert.validation.reports import RELOAD, Progress
 
 HELD_OUT = Path(__file__).parent.parent / "demo" / "heldout.txt"
 MAX_TOKENS = 2048
@@ -91,7 +91,7 @@ def _run(request: JSON, scratch: Path, timeout: float, progress: Progress | None
     home.mkdir()
     with (scratch / "stderr").open("w+b") as stderr:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "qconvert.validate.child"],
+            [sys.executable, "-P", "-m", "qconvert.validation.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

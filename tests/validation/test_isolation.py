@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qconvert.validate import isolation
+from qconvert.validation import isolation
 
 SECRETS = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY",
@@ -18,7 +18,7 @@ SECRETS = (
 )  # fmt: skip
 PROBE = """
 import ctypes, json, socket, struct, sys
-from qconvert.validate import isolation
+from qconvert.validation import isolation
 port = int(sys.argv[1])
 found = {"means": isolation.cut_network()}
 try:
@@ -69,7 +69,7 @@ def test_no_secret_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_the_package_starts_no_thread_before_the_child_is_cut_off() -> None:
     code = (
-        "import os, sys, qconvert.validate.child\n"
+        "import os, sys, qconvert.validation.child\n"
         "assert not {'numpy', 'torch', 'qconvert.types'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.models import tiny
-from tests.validate import faults
+from tests.validation import faults
 
 
 @pytest.fixture(scope="session")

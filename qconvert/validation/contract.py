@@ -23,9 +23,9 @@ from qconvert.source import SourceReader
 from qconvert.staging import MANIFEST_NAME
 from qconvert.stored import Stored, read_tensor
 from qconvert.types import JSON, Array, Check, Kind, Plan, Report, Structure, TensorInfo, TensorSpec
-from qconvert.validate import schema
-from qconvert.validate.hashing import Hashing
-from qconvert.validate.reports import CONTRACT, listed
+from qconvert.validation import schema
+from qconvert.validation.hashing import Hashing
+from qconvert.validation.reports import CONTRACT, listed
 
 
 def check_contract(

@@ -9,8 +9,8 @@ from qconvert.errors import NotFound, QConvertError, UsageError
 from qconvert.source import SourceReader, open_checkpoint
 from qconvert.stored import Stored, open_stored
 from qconvert.types import Checkpoint, Plan, Report, Structure
-from qconvert.validate.contract import check_contract, unreadable
-from qconvert.validate.reports import (
+from qconvert.validation.contract import check_contract, unreadable
+from qconvert.validation.reports import (
     CONTRACT,
     LEVELS,
     NUMERIC,
@@ -100,7 +100,7 @@ def _numeric(
 ) -> Report:
     if source is None:
         return Report(NUMERIC, [], skipped="no source to compare with (--against SOURCE)")
-    from qconvert.validate.numeric import check_numeric
+    from qconvert.validation.numeric import check_numeric
 
     return check_numeric(stored, source, structure=structure, progress=progress)
 
@@ -108,7 +108,7 @@ def _numeric(
 def _reload(
     stored: Stored, source: Checkpoint | None, device: str, progress: Progress | None
 ) -> Report:
-    from qconvert.validate.reload import check_reload
+    from qconvert.validation.reload import check_reload
 
     if source is None:
         return check_reload(stored.root, device=device, progress=progress)
