@@ -92,12 +92,12 @@ def _title(manifest: JSON) -> str:
 
 
 def _memory(manifest: JSON) -> str:
-    before, after = manifest["source"]["bytes"], manifest["plan"]["total_bytes"]
+    before, after = manifest["source"]["bytes"], manifest["plan"]["weight_bytes"]
     saved = 100 * (1 - after / before)
     return (
         "## Memory\n\n| | bytes | |\n|---|---|---|\n"
         f"| source weights | {before:,} | {human_bytes(before)} |\n"
-        f"| this repository | {after:,} | {human_bytes(after)} |\n"
+        f"| weights here | {after:,} | {human_bytes(after)} |\n"
         f"| saved | {before - after:,} | {saved:.1f} % |"
     )
 

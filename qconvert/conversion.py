@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qconvert import card, manifest, registry, staging
-from qconvert.errors import DiskFull, UsageError
+from qconvert.errors import DiskFull, NonFinite, UsageError
 from qconvert.planning import DEFAULT_SHARD_BYTES, Override, announced_dtype, make_plan
 from qconvert.pour import Progress, Quantize, pour
 from qconvert.source import open_checkpoint
@@ -107,13 +107,17 @@ def convert(
         on_plan(planned)
     check_space(planned, staged)
     with staged.open(restart=request.restart):
-        poured = pour(
-            planned,
-            staged,
-            threads=worker_count(request.threads),
-            quantize=quantize,
-            progress=progress,
-        )
+        try:
+            poured = pour(
+                planned,
+                staged,
+                threads=worker_count(request.threads),
+                quantize=quantize,
+                progress=progress,
+            )
+        except NonFinite:
+            staged.discard()  # the same plan can never succeed, and --skip makes another
+            raise
         write_side_files(planned, staged.tree)
         clock.lap("pour")
 

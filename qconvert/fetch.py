@@ -170,7 +170,10 @@ def _translated(e: Exception, repo_id: str, revision: str | None) -> QConvertErr
         case errors.LocalTokenNotFoundError() | UnicodeError():
             return NotLoggedIn("no usable token for the Hub", hint="hf auth login")
         case errors.OfflineModeIsEnabled():
-            return Network(f"{repo_id} is not a folder, and HF_HUB_OFFLINE is set")
+            return Network(
+                f"{repo_id} is not a folder, and HF_HUB_OFFLINE is set",
+                hint="unset HF_HUB_OFFLINE, or name a folder",
+            )
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return DiskFull(f"no space left in {constants.HF_HUB_CACHE} to download {repo_id}")
     if status == 401:

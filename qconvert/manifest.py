@@ -8,7 +8,6 @@ times: two runs with the same source, options and versions write the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from qconvert import digest
 from qconvert.staging import MANIFEST_NAME
 from qconvert.types import JSON, Check, Plan, Report, Verdict
 from qconvert.version import __version__
@@ -58,6 +58,7 @@ def make_manifest(
         "plan": {
             "bits_per_weight": round(plan.bits_per_weight, 4),
             "layer_bits_per_weight": round(plan.layer_bits_per_weight, 4),
+            "weight_bytes": plan.weight_bytes,
             "total_bytes": plan.total_bytes,
             "dtype": plan.dtype,
             "layers": {e.layer.name: e.method.options() for e in plan.quantized() if e.layer},
@@ -115,4 +116,4 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def _sha256(path: Path) -> str:
     with path.open("rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest.sha256(file.fileno())

@@ -12,7 +12,6 @@ tensors are read back and compared, sealed shards are hashed again, and what dif
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import threading
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qconvert.digest import sha256
 from qconvert.errors import NonFinite
 from qconvert.source import SourceReader
 from qconvert.staging import Staging, output_errors, publish
@@ -36,7 +36,6 @@ Progress = Callable[[int, int, str], None]
 Quantize = Callable[[Method, Array, str], Parts]
 """Where blocks are quantized: the method's own CPU kernels, or a device's."""
 
-_CHUNK = 1 << 22
 _SYNC_BYTES = 1 << 28
 
 
@@ -277,13 +276,14 @@ class _Pouring:
 
     def _seal(self, target: _OpenShard) -> None:
         """Hashes a full shard, makes it durable and gives it its name."""
+        synced: Future[None] | None = None
         try:
             with output_errors(target.part):
                 for file in {self.plan.entries[i].tensor.file for i in target.shard.entries}:
                     self.reader.check_unchanged(file)
-                digest = self._sha256(target.fd)
-                if target.syncing:
-                    target.syncing.result()
+                synced = self.syncer.submit(os.fdatasync, target.fd)
+                digest = sha256(target.fd, self.abort)
+                synced.result()
                 if self.failed or self.abort.is_set():
                     return
                 publish(target.part, target.final)
@@ -293,21 +293,9 @@ class _Pouring:
             self.abort.set()
             raise
         finally:
-            if target.syncing:
-                wait([target.syncing])
+            wait([f for f in (target.syncing, synced) if f is not None])
             os.close(target.fd)
             self.open_shards.remove(target)
-
-    def _sha256(self, fd: int) -> str:
-        digest = hashlib.sha256()
-        buffer = memoryview(bytearray(_CHUNK))
-        at = 0
-        while count := os.preadv(fd, [buffer], at):
-            digest.update(buffer[:count])
-            at += count
-            if self.abort.is_set():
-                break
-        return digest.hexdigest()
 
     # ── what an earlier run left ─────────────────────────────────────────────────────────────
 
@@ -318,7 +306,7 @@ class _Pouring:
             return False
         fd = os.open(final, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if self._sha256(fd) != expected:
+            if sha256(fd, self.abort) != expected:
                 return False
         finally:
             os.close(fd)

@@ -340,10 +340,15 @@ class Plan:
     def total_bytes(self) -> int:
         """Size of every file that is predicted to the byte."""
         return (
-            sum(shard.size for shard in self.shards)
+            self.weight_bytes
             + sum(len(data) for data in self.generated.values())
             + sum(self.copied.values())
         )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight files alone."""
+        return sum(shard.size for shard in self.shards)
 
     def quantized(self) -> Iterator[PlanEntry]:
         return (e for e in self.entries if e.action is Action.QUANTIZE)

@@ -96,7 +96,7 @@ class Screen:
         self._err.print(
             f"[bold]{escape(printable(plan.checkpoint.name))}[/]: {layers} layers to "
             f"{plan.layer_bits_per_weight:.2f} bits, "
-            f"{human_bytes(_source_bytes(plan))} → {human_bytes(plan.total_bytes)}, "
+            f"{human_bytes(_source_bytes(plan))} → {human_bytes(plan.weight_bytes)}, "
             f"peak memory ≤ {human_bytes(plan.peak_bytes)}"
         )
         self._warn(plan)
@@ -142,12 +142,12 @@ class Screen:
         if not self.talks:
             return
         self.reports(result.reports, result.verdict)
-        saved = 100 * (1 - result.plan.total_bytes / _source_bytes(result.plan))
+        saved = 100 * (1 - result.plan.weight_bytes / _source_bytes(result.plan))
         if result.resumed_bytes:
             self._out.print(f"resumed: {human_bytes(result.resumed_bytes)} were already done")
         self._out.print(
             f"[bold]{escape(printable(result.folder))}[/]  "
-            f"{human_bytes(result.plan.total_bytes)}, {saved:.0f} % smaller, "
+            f"{human_bytes(result.plan.weight_bytes)}, {saved:.0f} % smaller, "
             f"{result.plan.bits_per_weight:.2f} bits per weight, "
             f"in {sum(result.seconds.values()):.1f} s",
             soft_wrap=True,
@@ -202,6 +202,7 @@ def plan_json(plan: Plan) -> JSON:
         "architecture": plan.structure.architecture,
         "dtype": plan.dtype,
         "files": plan_files(plan),
+        "weight_bytes": plan.weight_bytes,
         "total_bytes": plan.total_bytes,
         "source_bytes": _source_bytes(plan),
         "bits_per_weight": plan.bits_per_weight,
@@ -235,7 +236,7 @@ def _summary(plan: Plan, request: Request) -> list[tuple[str, str]]:
         ("model", f"{plan.structure.architecture}, {plan.dtype}"),
         ("method", f"{plan.method.name} ({options})"),
         ("output", escape(str(output_folder(request, plan)))),
-        ("size", f"{human_bytes(_source_bytes(plan))} → {human_bytes(plan.total_bytes)}"),
+        ("size", f"{human_bytes(_source_bytes(plan))} → {human_bytes(plan.weight_bytes)}"),
         (
             "bits per weight",
             f"[bold]{plan.bits_per_weight:.3f}[/] over the whole model, "

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from qconvert import digest
 from qconvert.safepath import open_regular, regular_file
-
-_CHUNK = 1 << 22
 
 
 class Hashing:
@@ -44,9 +42,5 @@ class Hashing:
         self._pool.shutdown(cancel_futures=True)
 
     def _sha256(self, name: str) -> str:
-        digest = hashlib.sha256()
-        buffer = memoryview(bytearray(_CHUNK))
         with open(open_regular(regular_file(self._root, name), name), "rb", buffering=0) as file:
-            while not self._stop.is_set() and (count := file.readinto(buffer)):
-                digest.update(buffer[:count])
-        return digest.hexdigest()
+            return digest.sha256(file.fileno(), self._stop)

@@ -34,7 +34,7 @@ _ERRORS: dict[str, type[ValidationError]] = {
     RELOAD: ReloadFailed,
 }
 _HINTS = {
-    CONTRACT: "convert again with --restart",
+    CONTRACT: "convert again with --restart, or with --overwrite where the result exists",
     NUMERIC: "keep the named tensors in full precision with --skip '<regex>', or use more bits",
     RELOAD: "qconvert doctor shows the loaders' versions",
 }
