@@ -1,4 +1,4 @@
-"""The Python API; what a conversion promises about memory, and about weights that are no numbers."""
+"""The Python API; what a conversion promises about memory and about weights that are no numbers."""
 
 from __future__ import annotations
 
