@@ -16,8 +16,8 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,10 +134,8 @@ class _Pouring:
         work = self._work()
         pool = ThreadPoolExecutor(threads, "pour")
         try:
-            for worker in [pool.submit(self._worker, work) for _ in range(threads)]:
-                worker.result()
-            for sealed in self.sealing:
-                sealed.result()
+            _await([pool.submit(self._worker, work) for _ in range(threads)])
+            _await(self.sealing)
         except BaseException:
             self.abort.set()
             raise
@@ -338,6 +336,19 @@ class _Pouring:
         else:
             what = f"NaN or Inf in {len(names)} tensors: {', '.join(names)}"
         return NonFinite(what, hint=f"keep them in full precision with --skip '^({pattern})$'")
+
+
+def _await(futures: Iterable[Future[None]]) -> None:
+    """Waits for all of them, or raises what the first that fails raises.
+
+    The kernel may hand a signal to any thread, and Python runs its handler in the main thread,
+    when that next wakes up: so it does not sleep for long.
+    """
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
 
 
 def _bytes(array: Array) -> memoryview:

@@ -94,7 +94,7 @@ def test_interrupted_three_times_the_printed_command_ends_with_the_same_bytes(
     subprocess.run(convert(model, whole), check=True, capture_output=True)
 
     command = convert(model, cut)
-    for number, more in ((signal.SIGINT, 2), (signal.SIGTERM, 9), (signal.SIGHUP, 5)):
+    for number, more in ((signal.SIGINT, 2), (signal.SIGTERM, 3), (signal.SIGHUP, 2)):
         moment = finished_tensors(cut) + more
         process = start(command)
         wait_until(lambda at=moment: finished_tensors(cut) >= at, process)  # type: ignore[misc]
