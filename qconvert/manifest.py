@@ -13,7 +13,6 @@ import platform
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +76,8 @@ def make_manifest(
 
 def versions() -> dict[str, str]:
     """qconvert, Python and the libraries that are installed; reads metadata, imports nothing."""
+    from importlib.metadata import PackageNotFoundError, version  # 20 ms
+
     found = {"qconvert": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         try:
