@@ -12,7 +12,7 @@ from typing import Any
 
 from qconvert import conversion
 from qconvert.conversion import Request, Result
-from qconvert.planning import DEFAULT_SHARD_BYTES
+from qconvert.layout import DEFAULT_SHARD_BYTES
 from qconvert.pour import Progress
 from qconvert.source import open_checkpoint
 from qconvert.types import Plan

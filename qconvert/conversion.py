@@ -17,7 +17,8 @@ from typing import Any
 
 from qconvert import card, manifest, registry, staging
 from qconvert.errors import DiskFull, NonFinite, UsageError
-from qconvert.planning import DEFAULT_SHARD_BYTES, Override, announced_dtype, make_plan
+from qconvert.layout import DEFAULT_SHARD_BYTES
+from qconvert.planning import Override, announced_dtype, make_plan
 from qconvert.pour import Progress, Quantize, pour
 from qconvert.source import open_checkpoint
 from qconvert.staging import Staging

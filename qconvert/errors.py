@@ -94,6 +94,11 @@ class UnsafeFormat(SourceError):
 class NonFinite(SourceError):
     """NaN or Inf in a weight, or made by a cast to a narrower dtype."""
 
+    count: int = 0
+    """How many of them the block holds."""
+    first: int = 0
+    """Flat index of the first, within the block."""
+
 
 class UnsupportedConfig(SourceError):
     """A config.json that no model can be built from."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +22,10 @@ from qconvert import (
     modelconfig,
     safepath,
     sidefiles,
-    tensors,
 )
 from qconvert.errors import UnsupportedConfig, UsageError
+from qconvert.layout import DEFAULT_SHARD_BYTES, INDEX_NAME, cut_into_shards, index_json
+from qconvert.skiplist import refuse_ambiguous, skip_modules
 from qconvert.tiles import TILE_ELEMENTS
 from qconvert.types import (
     FLOAT_DTYPES,
@@ -37,18 +38,12 @@ from qconvert.types import (
     Method,
     Plan,
     PlanEntry,
-    Shard,
     Structure,
     TensorInfo,
     TensorSpec,
     dtype_from_torch,
 )
 from qconvert.version import __version__
-
-DEFAULT_SHARD_BYTES = 5_000_000_000
-METADATA = {"format": "pt"}
-INDEX_NAME = "model.safetensors.index.json"
-
 
 _TILE_BYTES_PER_ELEMENT = 24
 """Source bits, float32 copies, codes and packed output of one weight at the hungriest method."""
@@ -126,7 +121,7 @@ def make_plan(
     )
     _refuse_missing(structure)
     _refuse_useless(entries, skip, overrides)
-    shards = _shards(entries, max_shard_bytes)
+    shards = cut_into_shards(entries, max_shard_bytes)
     draft = Plan(
         checkpoint=checkpoint,
         structure=structure,
@@ -134,7 +129,7 @@ def make_plan(
         container=container,
         entries=entries,
         shards=shards,
-        skip_modules=_skip_modules(structure, entries),
+        skip_modules=skip_modules(structure, entries),
         generated={},
         copied={name: (checkpoint.root / name).stat().st_size for name in checkpoint.side_files},
         peak_bytes=_peak_bytes(entries, threads),
@@ -150,11 +145,11 @@ def make_plan(
     )
     generated = {modelconfig.FILE: config}
     if len(shards) > 1:
-        generated[INDEX_NAME] = _index(shards, entries)
+        generated[INDEX_NAME] = index_json(shards, entries)
     warnings = draft.warnings
     if removed:
         warnings += (f"removed from config.json, since it runs code: {', '.join(removed)}",)
-    _refuse_ambiguous(draft)
+    refuse_ambiguous(draft)
     plan = replace(draft, generated=generated, warnings=warnings)
     return replace(
         plan,
@@ -271,106 +266,6 @@ def _refuse_useless(
                 f"--override {override.pattern.pattern!r} matches no quantized layer",
                 hint=f"names look like {layers[0]}",
             )
-
-
-def _shards(entries: Sequence[PlanEntry], max_shard_bytes: int) -> tuple[Shard, ...]:
-    """Runs of consecutive entries of at most `max_shard_bytes` (a larger entry stands alone)."""
-    runs: list[list[int]] = [[]]
-    filled = 0
-    for index, entry in enumerate(entries):
-        if runs[-1] and filled + entry.nbytes > max_shard_bytes:
-            runs.append([])
-            filled = 0
-        runs[-1].append(index)
-        filled += entry.nbytes
-    if len(runs) == 1:
-        file_names = ["model.safetensors"]
-    else:
-        file_names = [
-            f"model-{number:05d}-of-{len(runs):05d}.safetensors"
-            for number in range(1, len(runs) + 1)
-        ]
-    return tuple(
-        _shard(file_name, run, entries) for file_name, run in zip(file_names, runs, strict=True)
-    )
-
-
-def _shard(file_name: str, run: Sequence[int], entries: Sequence[PlanEntry]) -> Shard:
-    specs = [spec for index in run for spec in entries[index].outputs]
-    header, offsets = tensors.build_header(specs, METADATA)
-    size = len(header) + sum(spec.nbytes for spec in specs)
-    return Shard(file_name, header, size, offsets, tuple(run))
-
-
-def _index(shards: Sequence[Shard], entries: Sequence[PlanEntry]) -> bytes:
-    index = {
-        "metadata": {
-            "total_parameters": sum(entry.tensor.numel for entry in entries),
-            "total_size": sum(entry.nbytes for entry in entries),
-        },
-        "weight_map": {name: shard.name for shard in shards for name in shard.offsets},
-    }
-    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _skip_modules(structure: Structure, entries: Sequence[PlanEntry]) -> tuple[str, ...]:
-    """Full paths of the linear layers that a loader must leave alone.
-
-    Full paths are the one spelling that transformers 4.57 and 5 both honour. Experts and routers
-    are listed under their names in memory and on disk, since 4.57 builds the latter.
-    """
-    quantized = {entry.layer.module for entry in entries if entry.layer is not None}
-    taken = "\n".join(
-        name for path in quantized for name in (path, *_older_paths(path, structure.modules[path]))
-    )
-    paths: dict[str, None] = {}
-    for path, name in structure.modules.items():
-        if path not in quantized:
-            older = (other for other in _older_paths(path, name) if other not in taken)
-            paths |= dict.fromkeys((path, *older))
-    for name, role in structure.roles.items():
-        if role.kind is Kind.ROUTER:
-            paths |= dict.fromkeys((role.module, name.removesuffix(".weight")))
-        elif role.kind is Kind.EXPERTS:
-            paths |= dict.fromkeys(_expert_paths(role.module, name))
-    return tuple(paths)
-
-
-def _older_paths(path: str, name: str | None) -> Iterator[str]:
-    """Where transformers 4 may have a layer that 5 has at `path`, whose name on disk is `name`.
-
-    4 renames prefixes alone, at most by putting "model." before them: LLaVA's vision tower is
-    `vision_tower.vision_model` on disk, `model.vision_tower.vision_model` in 4.57, and
-    `model.vision_tower` in 5. A layer that no list of 4.57 names is replaced there, or, by HQQ,
-    never filled.
-    """
-    if name is not None and name != path:
-        yield from (other for other in (name, f"model.{name}") if other != path)
-
-
-def _refuse_ambiguous(plan: Plan) -> None:
-    """Raises UsageError where a loader's skip list would also hit a quantized layer.
-
-    transformers 5 takes an entry for a prefix up to a dot, and for a suffix up to anything: a
-    top-level `proj` also skips `blocks.0.proj`.
-    """
-    entries = set(plan.skip_modules)
-    for entry in plan.quantized():
-        path = entry.layer.module if entry.layer else ""
-        tails = {path[at:] for at in range(1, len(path))}
-        heads = {path[:at] for at, character in enumerate(path) if character == "."}
-        if hit := entries & (tails | heads):
-            raise UsageError(
-                f"loaders would take {path} for {min(hit)}, which stays in full precision",
-                hint=f"--skip '{path}'",
-            )
-
-
-def _expert_paths(module: str, name: str) -> Iterator[str]:
-    yield module
-    stem, found, _ = name.partition(".experts.")
-    if found:
-        yield stem + ".experts"
 
 
 def _peak_bytes(entries: Sequence[PlanEntry], threads: int) -> int:

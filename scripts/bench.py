@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -31,8 +32,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCAB = 2048, 5632, 32, 4, 32000
 _BLOCK = 1 << 24
@@ -69,10 +68,23 @@ def llama_tensors(layers: int, vocab: int = VOCAB) -> dict[str, tuple[int, ...]]
     return shapes
 
 
-def generate(folder: Path, layers: int, vocab: int = VOCAB) -> Path:
-    """Writes a bf16 Llama with Gaussian weights of std 0.02; keeps one that is there."""
-    if (folder / "config.json").exists():
-        return folder
+def generated(folder: Path, layers: int, vocab: int = VOCAB) -> Path:
+    """A generated model; kept if it is there.
+
+    Made in a process of its own: the kernel counts the memory of whoever starts a process into
+    that process's peak, so this one must stay small.
+    """
+    if not (folder / "config.json").exists():
+        subprocess.run(
+            [sys.executable, __file__, "generate", str(folder), str(layers), str(vocab)], check=True
+        )
+    return folder
+
+
+def generate(folder: Path, layers: int, vocab: int) -> None:
+    """Writes a bf16 Llama with Gaussian weights of std 0.02."""
+    import numpy as np
+
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     noise = (rng.standard_normal(_BLOCK, dtype=np.float32) * 0.02).view(np.uint32) >> 16
@@ -82,7 +94,7 @@ def generate(folder: Path, layers: int, vocab: int = VOCAB) -> Path:
     at = 0
     shapes = llama_tensors(layers, vocab)
     for name, shape in shapes.items():
-        size = 2 * int(np.prod(shape))
+        size = 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
@@ -90,7 +102,7 @@ def generate(folder: Path, layers: int, vocab: int = VOCAB) -> Path:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for number, shape in enumerate(shapes.values()):
-            left = 2 * int(np.prod(shape))
+            left = 2 * math.prod(shape)
             if len(shape) == 1:
                 file.write(ones)
                 continue
@@ -116,7 +128,6 @@ def generate(folder: Path, layers: int, vocab: int = VOCAB) -> Path:
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    return folder
 
 
 # ── processes ────────────────────────────────────────────────────────────────────────────────
@@ -181,14 +192,14 @@ def settle() -> None:
 
 
 def speed(work: Path, layers: int, methods: list[str], repeat: int) -> None:
-    source = generate(work / f"llama-{layers}", layers)
+    source = generated(work / f"llama-{layers}", layers)
     size = weights(source)
     print(f"generated Llama, {layers} layers, {size / 2e9:.2f} B parameters, {size / 1e9:.2f} GB\n")
     startup = run([sys.executable, "-c", "import qconvert.cli, numba, qconvert.pour"]).seconds
     print("| method | who | seconds | peak GB | ratio |\n|---|---|---|---|---|")
     for method in methods:
         output = work / f"out-{method}"
-        warm = generate(work / "llama-1", 1)
+        warm = generated(work / "llama-1", 1)
         run(qconvert(method, warm, work / "warm"))  # compiles the kernels into the cache
         with (source / "model.safetensors").open("rb", buffering=0) as file:  # warm the cache
             while file.read(1 << 24):
@@ -230,10 +241,10 @@ def memory(work: Path, methods: list[str]) -> None:
     print("| model | source GB | method | peak GB | above torch | plan's bound | seconds |")
     print("|---|---|---|---|---|---|---|")
     models = {
-        "0.5 B": generate(work / "llama-8", 8),
-        "1.1 B": generate(work / "llama-22", 22),
-        "4.0 B": generate(work / "llama-88", 88),
-        "one tensor of 1.5 GB": generate(work / "llama-wide", 1, vocab=366_000),
+        "0.5 B": generated(work / "llama-8", 8),
+        "1.1 B": generated(work / "llama-22", 22),
+        "4.0 B": generated(work / "llama-88", 88),
+        "one tensor of 1.5 GB": generated(work / "llama-wide", 1, vocab=366_000),
     }
     for name, source in models.items():
         for method in methods:
@@ -294,6 +305,10 @@ def machine() -> str:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["generate"]:
+        folder, layers, vocab = sys.argv[2:]
+        generate(Path(folder), int(layers), int(vocab))
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["speed", "memory", "startup"])
     parser.add_argument("--layers", type=int, default=66)

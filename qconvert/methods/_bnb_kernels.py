@@ -12,11 +12,9 @@ torch's does, so the bytes depend neither on the vector width nor on the number 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit
+
+from qconvert.methods._numba import kernel
 
 BF16, F16, F32 = 0, 1, 2
 
@@ -29,24 +27,16 @@ _SMALLEST = np.float32(1e-38)
 _RUN = 2048  # values quantized together: 16 KiB of scratch
 
 
-def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        compiled: Callable[..., Any] = njit(function, nogil=True, error_model="numpy", cache=True)
-    except RuntimeError:  # numba refuses `cache` where no folder for it is writable
-        compiled = njit(function, nogil=True, error_model="numpy")
-    return compiled
-
-
-@_jit
-def _largest(bits, mask):  # type: ignore[no-untyped-def]
+@kernel
+def _largest(bits, mask):
     largest = bits.dtype.type(0)
     for i in range(bits.size):
         largest = max(largest, bits.dtype.type(bits[i] & mask))
     return largest
 
 
-@_jit
-def _from_half(bits):  # type: ignore[no-untyped-def]
+@kernel
+def _from_half(bits):
     """Bits of a float16 to bits of the float32 of the same value; Inf and NaN come out finite."""
     half = np.uint32(bits)
     sign = np.uint32((half & np.uint32(0x8000)) << np.uint32(16))
@@ -57,8 +47,8 @@ def _from_half(bits):  # type: ignore[no-untyped-def]
     return np.uint32(wide | sign)
 
 
-@_jit
-def _as_half(bits):  # type: ignore[no-untyped-def]
+@kernel
+def _as_half(bits):
     """Bits of a float32 to those of the nearest value of float16, ties to even."""
     odd = (bits >> np.uint32(13)) & np.uint32(1)
     normal = np.uint32((bits + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000))
@@ -67,8 +57,8 @@ def _as_half(bits):  # type: ignore[no-untyped-def]
     return np.float32(tiny).view(np.uint32) if is_tiny else normal
 
 
-@_jit
-def _widen(bits, kind, out):  # type: ignore[no-untyped-def]
+@kernel
+def _widen(bits, kind, out):
     """Bits of the source to bits of float32; a branch inside one loop would keep it scalar."""
     if kind == BF16:
         for i in range(bits.size):
@@ -81,8 +71,8 @@ def _widen(bits, kind, out):  # type: ignore[no-untyped-def]
             out[i] = np.uint32(bits[i])
 
 
-@_jit
-def _widest(bits, mask, kind):  # type: ignore[no-untyped-def]
+@kernel
+def _widest(bits, mask, kind):
     """Bits of the float32 of the largest magnitude."""
     largest = _largest(bits, mask)
     if kind == BF16:
@@ -90,20 +80,20 @@ def _widest(bits, mask, kind):  # type: ignore[no-untyped-def]
     return _from_half(largest) if kind == F16 else np.uint32(largest)
 
 
-@_jit
-def _halve(bits, out):  # type: ignore[no-untyped-def]
+@kernel
+def _halve(bits, out):
     for i in range(bits.size):
         out[i] = _as_half(bits[i])
 
 
-@_jit
-def _round_to_int8(values, factor, codes):  # type: ignore[no-untyped-def]
+@kernel
+def _round_to_int8(values, factor, codes):
     for i in range(values.size):
         codes[i] = np.int8(np.float32(values[i] * factor + _TO_INT).view(np.int32))
 
 
-@_jit
-def quantize_int8(bits, kind, mask, columns, codes, scb):  # type: ignore[no-untyped-def]
+@kernel
+def quantize_int8(bits, kind, mask, columns, codes, scb):
     """Rows of `columns` values to int8 by each row's absmax; the first non-finite row, or -1."""
     wide = np.empty(columns, np.uint32)
     half = np.empty(columns, np.uint32)
@@ -123,14 +113,14 @@ def quantize_int8(bits, kind, mask, columns, codes, scb):  # type: ignore[no-unt
     return -1
 
 
-@_jit
-def _scale(values, factor):  # type: ignore[no-untyped-def]
+@kernel
+def _scale(values, factor):
     for i in range(values.size):
         values[i] = values[i] * factor
 
 
-@_jit
-def _count(values, bounds, ranks):  # type: ignore[no-untyped-def]
+@kernel
+def _count(values, bounds, ranks):
     """How many of the 15 bounds lie below each value: the rank of the nearest code."""
     for i in range(values.size):
         value = values[i]
@@ -140,8 +130,8 @@ def _count(values, bounds, ranks):  # type: ignore[no-untyped-def]
         ranks[i] = rank
 
 
-@_jit
-def _recode(ranks, low, high):  # type: ignore[no-untyped-def]
+@kernel
+def _recode(ranks, low, high):
     """Rank to code by a table of 16 nibbles held in two words (FP4's codes are not sorted)."""
     for i in range(ranks.size):
         rank = np.uint32(ranks[i])
@@ -150,16 +140,14 @@ def _recode(ranks, low, high):  # type: ignore[no-untyped-def]
         ranks[i] = np.int32((table >> shift) & np.uint32(15))
 
 
-@_jit
-def _pack(codes, packed):  # type: ignore[no-untyped-def]
+@kernel
+def _pack(codes, packed):
     for i in range(packed.size):
         packed[i] = np.uint8((codes[2 * i] << np.int32(4)) | codes[2 * i + 1])
 
 
-@_jit
-def quantize_4bit(  # type: ignore[no-untyped-def]
-    bits, kind, mask, blocksize, bounds, low, high, packed, absmax
-):
+@kernel
+def quantize_4bit(bits, kind, mask, blocksize, bounds, low, high, packed, absmax):
     """Blocks to packed codes by each block's absmax; the first non-finite block, or -1."""
     run = max(1, _RUN // blocksize)
     finite = _MAX_F16 if kind == F16 else _MAX_F32
@@ -184,8 +172,8 @@ def quantize_4bit(  # type: ignore[no-untyped-def]
     return -1
 
 
-@_jit
-def dequantize_int8(codes, scb, factor, out):  # type: ignore[no-untyped-def]
+@kernel
+def dequantize_int8(codes, scb, factor, out):
     rows, columns = codes.shape
     for r in range(rows):
         scale = scb[r]
@@ -193,8 +181,8 @@ def dequantize_int8(codes, scb, factor, out):  # type: ignore[no-untyped-def]
             out[r, c] = np.float32(codes[r, c]) * scale * factor
 
 
-@_jit
-def dequantize_4bit(packed, codebook, absmax, out):  # type: ignore[no-untyped-def]
+@kernel
+def dequantize_4bit(packed, codebook, absmax, out):
     blocks, half = packed.shape
     for b in range(blocks):
         scale = absmax[b]

@@ -15,7 +15,8 @@ not overlap; separate arrays would need more run-time checks than it makes.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from qconvert.methods._numba import kernel
 
 LANES = 64
 F32, F16, BF16 = 0, 1, 2
@@ -32,12 +33,9 @@ _S, _Z, _INV, _SQ, _SQQ, _SQX, _ERR = (row * LANES for row in range(6, 13))
 _LAST, _BEST, _BEST_S, _BEST_Z = (row * LANES for row in range(13, 17))
 _STATE = 17 * LANES
 
-_jit = njit(nogil=True, cache=True, error_model="numpy")
-_inline = njit(nogil=True, cache=True, error_model="numpy")
 
-
-@_inline
-def _round_to(x, kind):  # type: ignore[no-untyped-def]
+@kernel
+def _round_to(x, kind):
     """A finite x, rounded to nearest even in the dtype `kind`, as float32."""
     bits = _f(x).view(np.uint32)
     if kind == BF16:
@@ -50,8 +48,8 @@ def _round_to(x, kind):  # type: ignore[no-untyped-def]
     return x
 
 
-@_inline
-def _store(st, j, scale, zero, kind, smallest, largest):  # type: ignore[no-untyped-def]
+@kernel
+def _store(st, j, scale, zero, kind, smallest, largest):
     """Sets a lane's scale (given in the lane's unit) and zero, as the disk can hold them."""
     s = _round_to(min(max(scale * st[_UP + j], smallest), largest), kind)
     s = max(s, smallest) * st[_DOWN + j]
@@ -60,8 +58,8 @@ def _store(st, j, scale, zero, kind, smallest, largest):  # type: ignore[no-unty
     st[_Z + j] = _round_to(min(max(zero, -largest), largest), kind)
 
 
-@_inline
-def _normalize(bits, w, st, group_size):  # type: ignore[no-untyped-def]
+@kernel
+def _normalize(bits, w, st, group_size):
     """Brings each lane's largest |w| into [1, 2), exactly, and takes its range and sum."""
     largest = np.zeros(LANES, np.int32)
     for k in range(group_size):
@@ -87,8 +85,8 @@ def _normalize(bits, w, st, group_size):  # type: ignore[no-untyped-def]
             st[_SUM + j] += w[k * LANES + j] - st[_MID + j]
 
 
-@_inline
-def _start(st, fraction, top, kind, smallest, largest):  # type: ignore[no-untyped-def]
+@kernel
+def _start(st, fraction, top, kind, smallest, largest):
     """A grid over `fraction` of the lane's range; over the whole range, one that has a 0.
 
     A range far from 0 is widened to 0 for all but the first start, as its zero would lose whole
@@ -108,8 +106,8 @@ def _start(st, fraction, top, kind, smallest, largest):  # type: ignore[no-untyp
         _store(st, j, scale, zero, kind, smallest, largest)
 
 
-@_inline
-def _evaluate(w, st, group_size, top):  # type: ignore[no-untyped-def]
+@kernel
+def _evaluate(w, st, group_size, top):
     """Rounds every weight to its code; sums of codes, of their products, and of squared errors."""
     for j in range(LANES):
         st[_SQ + j] = _ZERO
@@ -128,8 +126,8 @@ def _evaluate(w, st, group_size, top):  # type: ignore[no-untyped-def]
             st[_ERR + j] += error * error
 
 
-@_inline
-def _keep_best(st):  # type: ignore[no-untyped-def]
+@kernel
+def _keep_best(st):
     """Remembers improvements and stops lanes that made none; False when all have stopped."""
     alive = 0
     for j in range(LANES):
@@ -144,8 +142,8 @@ def _keep_best(st):  # type: ignore[no-untyped-def]
     return alive > 0
 
 
-@_inline
-def _least_squares(st, count, kind, smallest, largest):  # type: ignore[no-untyped-def]
+@kernel
+def _least_squares(st, count, kind, smallest, largest):
     """The scale, then the zero for that scale once rounded, that fit the codes best."""
     for j in range(LANES):
         mean = st[_SQ + j] / count
@@ -158,8 +156,8 @@ def _least_squares(st, count, kind, smallest, largest):  # type: ignore[no-untyp
         st[_Z + j] = _round_to(min(max(zero, -largest), largest), kind)
 
 
-@_inline
-def _descend(w, st, group_size, top, passes, kind, smallest, largest):  # type: ignore[no-untyped-def]
+@kernel
+def _descend(w, st, group_size, top, passes, kind, smallest, largest):
     """Alternates between codes and least squares, until no lane improves or passes run out."""
     for j in range(LANES):
         st[_LAST + j] = _INF
@@ -170,8 +168,8 @@ def _descend(w, st, group_size, top, passes, kind, smallest, largest):  # type: 
         _least_squares(st, _f(group_size), kind, smallest, largest)
 
 
-@_inline
-def _solve(bits, w, st, group_size, top, starts, scout, iterations, kind, smallest, largest):  # type: ignore[no-untyped-def]  # fmt: skip
+@kernel
+def _solve(bits, w, st, group_size, top, starts, scout, iterations, kind, smallest, largest):
     """Leaves each lane's best scale (as on disk) in _S, its zero in _Z, and what _codes needs."""
     _normalize(bits, w, st, group_size)
     for j in range(LANES):
@@ -190,14 +188,14 @@ def _solve(bits, w, st, group_size, top, starts, scout, iterations, kind, smalle
         st[_INV + j] = _ONE / st[_BEST_S + j]
 
 
-@_inline
-def _code(w, st, k, j, top):  # type: ignore[no-untyped-def]
+@kernel
+def _code(w, st, k, j, top):
     q = ((w[k * LANES + j] * st[_INV + j] + st[_BEST_Z + j]) + _ROUND) - _ROUND
     return np.uint8(min(max(q, _ZERO), top))
 
 
-@_inline
-def _widen(x, kind):  # type: ignore[no-untyped-def]
+@kernel
+def _widen(x, kind):
     """The float32 bits of a source weight, given as its own bits; F16 Inf and NaN as ≥ 65536."""
     if kind == BF16:
         return _i(_u(x) << _u(16))
@@ -207,8 +205,8 @@ def _widen(x, kind):  # type: ignore[no-untyped-def]
     return _i(x)
 
 
-@_jit
-def quantize(  # type: ignore[no-untyped-def]
+@kernel
+def quantize(
     source,
     source_kind,
     kind,

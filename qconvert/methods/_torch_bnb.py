@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from qconvert.methods._bnb_common import refuse_nonfinite
+from qconvert.methods._nonfinite import refuse_nonfinite
 from qconvert.types import Array
 
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}

@@ -26,7 +26,8 @@ import numpy as np
 from qconvert import contract
 from qconvert.errors import UsageError
 from qconvert.methods import _bnb_nested
-from qconvert.methods._bnb_common import kernel_input, refuse_nonfinite
+from qconvert.methods._bnb_common import kernel_input
+from qconvert.methods._nonfinite import refuse_nonfinite
 from qconvert.types import FLOAT_DTYPES, JSON, Array, Layer, Parts
 
 if TYPE_CHECKING:

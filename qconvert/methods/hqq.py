@@ -31,7 +31,8 @@ import numpy as np
 
 from qconvert import contract
 from qconvert.arrays import from_float32, storage_dtype, to_float32
-from qconvert.errors import NonFinite, UsageError
+from qconvert.errors import UsageError
+from qconvert.methods._nonfinite import refuse_nonfinite
 from qconvert.types import FLOAT_DTYPES, JSON, TORCH_NAMES, Array, Layer, Parts
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class HQQ:
             zero,
         )
         if rejected:
-            raise _non_finite(block, dtype)
+            raise refuse_nonfinite(block, dtype)
         return {
             "codes": codes.reshape(block.shape),
             "scale": from_float32(scale, self.compute_dtype),
@@ -139,7 +140,7 @@ class HQQ:
         if not block.isfinite().all():
             dtype = next(d for d, name in TORCH_NAMES.items() if str(block.dtype).endswith(name))
             bits = block.cpu().view(torch.uint32 if dtype == "F32" else torch.uint16).numpy()
-            raise _non_finite(bits.view(storage_dtype(dtype)), dtype)
+            raise refuse_nonfinite(bits.view(storage_dtype(dtype)), dtype)
         codes, scale, zero = _hqq_torch.quantize(
             block,
             self.group_size,
@@ -174,15 +175,3 @@ class HQQ:
             "axis": self.axis,
             "compute_dtype": self.compute_dtype,
         }
-
-
-def _non_finite(block: Array, dtype: str) -> NonFinite:
-    """The error for a block with NaN or Inf in it: `count` of them, `first` the flat index."""
-    bad = ~np.isfinite(to_float32(block, dtype))
-    count, first = int(bad.sum()), int(bad.argmax())
-    row, column = divmod(first, block.shape[-1])
-    error = NonFinite(
-        f"weight holds {count} non-finite values, first at row {row}, column {column} of the block"
-    )
-    error.count, error.first = count, first  # type: ignore[attr-defined]
-    return error

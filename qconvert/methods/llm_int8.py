@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from qconvert import contract
-from qconvert.methods._bnb_common import kernel_input, refuse_nonfinite
+from qconvert.methods._bnb_common import kernel_input
+from qconvert.methods._nonfinite import refuse_nonfinite
 from qconvert.types import JSON, Array, Layer, Parts
 
 if TYPE_CHECKING:
