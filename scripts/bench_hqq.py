@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Our HQQ against the hqq library's own quantizer, in one run: weights a second and error.
 
-    scripts/bench_hqq [--weights 4194304] [--threads N]
+    scripts/bench_hqq.py [--weights 4194304] [--threads N]
 
 Both get the same bf16 Gaussian weight (std 0.02) and all threads; ours cuts it into tiles as the
 engine does. Both results are judged as they lie on disk, with scale and zero in bf16.
