@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 from qconvert import modelconfig
 from qconvert.types import JSON, Kind, Role, Structure
@@ -52,7 +52,7 @@ def structure(config: JSON, tensors: Tensors) -> Structure:
 @cache
 def table() -> JSON:
     """architectures.json: the transformers version it was made with, and a row per class."""
-    text = files("qconvert").joinpath("architectures.json").read_text("utf-8")
+    text = Path(__file__).with_name("architectures.json").read_text("utf-8")
     parsed: JSON = json.loads(text)
     return parsed
 

@@ -9,9 +9,9 @@
 layers are 1.1 B parameters, 66 are 3.1 B), converts it in a fresh process, and measures in the
 same run the rival (`from_pretrained(quantization_config=…)` + `save_pretrained` with
 bitsandbytes) and the limit: read the source, write as many bytes as the result has, hash them
-once, fsync. `memory` converts models of 0.5, 1.1 and 4 B parameters, and one with a tensor of
-1.5 GB, and compares the peak with the plan's bound. Each figure is a whole process: wall time and
-peak resident size as the kernel accounts them.
+once, fsync. `memory` converts models of 0.5, 1.1 and 4 B parameters, and one with layers of
+1.5 GB each, and compares the peak with the plan's bound. Each figure is a whole process: wall
+time and peak resident size as the kernel accounts them.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Run:
 # ── generated models ─────────────────────────────────────────────────────────────────────────
 
 
-def llama_tensors(layers: int, vocab: int = VOCAB) -> dict[str, tuple[int, ...]]:
+def llama_tensors(layers: int, intermediate: int) -> dict[str, tuple[int, ...]]:
     kv = HIDDEN // HEADS * KV_HEADS
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, HIDDEN)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     for i in range(layers):
         p = f"model.layers.{i}."
         shapes |= {
@@ -58,17 +58,17 @@ def llama_tensors(layers: int, vocab: int = VOCAB) -> dict[str, tuple[int, ...]]
             p + "self_attn.k_proj.weight": (kv, HIDDEN),
             p + "self_attn.v_proj.weight": (kv, HIDDEN),
             p + "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-            p + "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-            p + "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
-            p + "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+            p + "mlp.gate_proj.weight": (intermediate, HIDDEN),
+            p + "mlp.up_proj.weight": (intermediate, HIDDEN),
+            p + "mlp.down_proj.weight": (HIDDEN, intermediate),
             p + "input_layernorm.weight": (HIDDEN,),
             p + "post_attention_layernorm.weight": (HIDDEN,),
         }
-    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (vocab, HIDDEN)}
+    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
     return shapes
 
 
-def generated(folder: Path, layers: int, vocab: int = VOCAB) -> Path:
+def generated(folder: Path, layers: int, intermediate: int = INTERMEDIATE) -> Path:
     """A generated model; kept if it is there.
 
     Made in a process of its own: the kernel counts the memory of whoever starts a process into
@@ -76,12 +76,13 @@ def generated(folder: Path, layers: int, vocab: int = VOCAB) -> Path:
     """
     if not (folder / "config.json").exists():
         subprocess.run(
-            [sys.executable, __file__, "generate", str(folder), str(layers), str(vocab)], check=True
+            [sys.executable, __file__, "generate", str(folder), str(layers), str(intermediate)],
+            check=True,
         )
     return folder
 
 
-def generate(folder: Path, layers: int, vocab: int) -> None:
+def generate(folder: Path, layers: int, intermediate: int) -> None:
     """Writes a bf16 Llama with Gaussian weights of std 0.02."""
     import numpy as np
 
@@ -92,7 +93,7 @@ def generate(folder: Path, layers: int, vocab: int) -> None:
     ones = np.full(HIDDEN, 0x3F80, np.uint16).tobytes()
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
-    shapes = llama_tensors(layers, vocab)
+    shapes = llama_tensors(layers, intermediate)
     for name, shape in shapes.items():
         size = 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
@@ -116,11 +117,11 @@ def generate(folder: Path, layers: int, vocab: int) -> None:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
+        "intermediate_size": intermediate,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "num_hidden_layers": layers,
-        "vocab_size": vocab,
+        "vocab_size": VOCAB,
         "rms_norm_eps": 1e-05,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
@@ -244,7 +245,7 @@ def memory(work: Path, methods: list[str]) -> None:
         "0.5 B": generated(work / "llama-8", 8),
         "1.1 B": generated(work / "llama-22", 22),
         "4.0 B": generated(work / "llama-88", 88),
-        "one tensor of 1.5 GB": generated(work / "llama-wide", 1, vocab=366_000),
+        "three tensors of 1.5 GB": generated(work / "llama-wide", 1, intermediate=366_592),
     }
     for name, source in models.items():
         for method in methods:
@@ -306,8 +307,8 @@ def machine() -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["generate"]:
-        folder, layers, vocab = sys.argv[2:]
-        generate(Path(folder), int(layers), int(vocab))
+        folder, layers, intermediate = sys.argv[2:]
+        generate(Path(folder), int(layers), int(intermediate))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["speed", "memory", "startup"])
