@@ -7,14 +7,20 @@ dtype are viewed, `to_float32` gives their values, `from_float32` rounds to near
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+from typing import Any, Literal
 
+from qconvert.lazy import np
 from qconvert.types import ITEMSIZE, Array
 
 _STORAGE = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|u1", "C64": "<c8",
+}  # fmt: skip
+_PLAIN: Mapping[str, Literal["q", "i", "h", "b", "Q", "I", "H", "B", "f"]] = {
+    "I64": "q", "I32": "i", "I16": "h", "I8": "b",
+    "U64": "Q", "U32": "I", "U16": "H", "U8": "B", "BOOL": "B", "F32": "f",
 }  # fmt: skip
 
 
@@ -39,3 +45,13 @@ def from_float32(values: Array, dtype: str) -> Array:
         rounded: Array = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
         return rounded.astype(np.uint16)
     return values.astype(storage_dtype(dtype))
+
+
+def values(data: bytes, dtype: str) -> list[Any]:
+    """The numbers of a small integer or F32 tensor, flat, without numpy.
+
+    Raises ValueError for any other dtype.
+    """
+    if dtype not in _PLAIN:
+        raise ValueError(f"{dtype} where a plain number was expected")
+    return memoryview(data).cast(_PLAIN[dtype]).tolist()

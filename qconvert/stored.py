@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from qconvert import arrays, contract, linears, modelconfig, registry, strictjson
 from qconvert.errors import CorruptFile, NotFound, UnsupportedConfig, UsageError, printable
+from qconvert.lazy import np
 from qconvert.safepath import read_bytes
 from qconvert.shards import read_weights
 from qconvert.source import SourceReader, did_you_mean
@@ -142,9 +141,7 @@ def open_stored(folder: Path) -> Stored:
         warnings=tuple(warnings),
     )
     with SourceReader(checkpoint) as reader:
-        layers = container.layers_in(
-            tensors, lambda name: read_tensor(reader, tensors[name]), config
-        )
+        layers = container.layers_in(tensors, lambda name: read_raw(reader, tensors[name]), config)
     if not layers:
         raise CorruptFile(f"no layer that is quantized with {container.name}", file=folder)
     owned = frozenset(spec.name for found in layers.values() for spec in _specs(container, *found))
@@ -189,6 +186,13 @@ def _manifest(root: Path) -> JSON | None:
 
 
 # ── weights ──────────────────────────────────────────────────────────────────────────────────
+
+
+def read_raw(reader: SourceReader, info: TensorInfo) -> bytes:
+    """The bytes of a whole tensor."""
+    data = bytearray(info.nbytes)
+    reader.read(info, 0, info.numel, memoryview(data))
+    return bytes(data)
 
 
 def read_tensor(reader: SourceReader, info: TensorInfo) -> Array:

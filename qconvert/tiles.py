@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from qconvert import arrays
+from qconvert.lazy import np
 from qconvert.source import SourceReader
 from qconvert.types import ITEMSIZE, Array, Container, PlanEntry, TensorInfo, Tile, Write
 

@@ -266,12 +266,12 @@ class Container(Protocol):
         ...
 
     def layers_in(
-        self, tensors: Mapping[str, TensorInfo], read: Callable[[str], Array], config: JSON
+        self, tensors: Mapping[str, TensorInfo], read: Callable[[str], bytes], config: JSON
     ) -> Mapping[str, tuple[Layer, Any]]:
         """The quantized layers of a folder by name on disk, and the method of each.
 
-        Recovered from headers and small tensors (`read` gives one), whoever wrote the folder;
-        `Layer.module` is the name on disk. Raises CorruptFile.
+        Recovered from headers and small tensors (`read` gives the bytes of one), whoever wrote
+        the folder; `Layer.module` is the name on disk. Raises CorruptFile.
         """
         ...
 

@@ -24,7 +24,10 @@ QCONVERT = [sys.executable, "-m", "qconvert"]
 METHODS = [method.verb for method in registry.METHODS]
 LOOKING = ["plan", "inspect", "validate", "formats", "doctor"]
 VERBS = [*METHODS, "bnb", *LOOKING]
-HEAVY = ("torch", "transformers", "numba", "huggingface_hub", "bitsandbytes", "hqq", "accelerate")
+HEAVY = (
+    "torch", "transformers", "numba", "numpy", "huggingface_hub", "bitsandbytes", "hqq",
+    "accelerate",
+)  # fmt: skip
 
 
 def run(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:

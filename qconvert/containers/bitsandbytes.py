@@ -15,10 +15,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
-import numpy as np
-
 from qconvert import contract
 from qconvert.errors import ContractViolation, CorruptFile, UsageError, printable
+from qconvert.lazy import np
 from qconvert.methods.bnb_4bit import NESTED_BLOCKSIZE, BnB4bit, codebook, nested_codebook
 from qconvert.methods.llm_int8 import LLMInt8
 from qconvert.types import (
@@ -142,7 +141,7 @@ class Bitsandbytes:
         }
 
     def layers_in(
-        self, tensors: Mapping[str, TensorInfo], read: Callable[[str], Array], config: JSON
+        self, tensors: Mapping[str, TensorInfo], read: Callable[[str], bytes], config: JSON
     ) -> dict[str, tuple[Layer, BnB]]:
         """The quantized layers of a folder, recovered from their tensors; anybody's folder.
 
@@ -185,14 +184,14 @@ def _layer(
 
 
 def _options(
-    info: TensorInfo, read: Callable[[str], Array], quant_type: str, double: bool, config: JSON
+    info: TensorInfo, read: Callable[[str], bytes], quant_type: str, double: bool, config: JSON
 ) -> tuple[JSON, BnB4bit]:
     """The JSON of a quant_state, with a shape that is one, and the method it speaks of."""
     computed = config["quantization_config"].get("bnb_4bit_compute_dtype")
     try:
         if info.nbytes > _MAX_QUANT_STATE:
             raise ValueError("too large")
-        state: JSON = json.loads(_view(read(info.name), np.uint8).tobytes())
+        state: JSON = json.loads(read(info.name))
         if not all(type(size) is int and 0 < size < 2**31 for size in state["shape"]):
             raise ValueError("no shape")
         rows, columns = state["shape"]

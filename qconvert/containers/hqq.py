@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
-import numpy as np
-
 from qconvert import contract
+from qconvert.arrays import values
 from qconvert.contract import TensorRule
 from qconvert.errors import CorruptFile, UsageError
+from qconvert.lazy import np
 from qconvert.methods.hqq import HQQ
 from qconvert.types import (
     ITEMSIZE,
@@ -110,7 +110,7 @@ class HQQNative:
     def layers_in(
         self,
         tensors: Mapping[str, TensorInfo],
-        read: Callable[[str], Array],
+        read: Callable[[str], bytes],
         config: JSON,
     ) -> dict[str, tuple[Layer, HQQ]]:
         """The quantized layers by name on disk, the options of each read from its tensors.
@@ -252,9 +252,9 @@ def _constant(rule: TensorRule) -> Array:
 
 
 def _layer_in(
-    name: str, tensors: Mapping[str, TensorInfo], read: Callable[[str], Array]
+    name: str, tensors: Mapping[str, TensorInfo], read: Callable[[str], bytes]
 ) -> tuple[Layer, HQQ]:
-    def small(part: str, dtype: str, most: int) -> Array:
+    def small(part: str, dtype: str, most: int) -> list[int]:
         info = tensors.get(f"{name}.{part}")
         if info is None:
             raise CorruptFile(f"no tensor {name}.{part}")
@@ -266,13 +266,11 @@ def _layer_in(
                 expected=f"{dtype}, 1 to {most} elements",
                 got=f"{info.dtype}, {info.numel}",
             )
-        return read(info.name).reshape(-1)
+        return values(read(info.name), dtype)
 
-    bits, group_size, axis = (
-        int(small(part, "I32", 1)[0]) for part in ("nbits", "group_size", "axis")
-    )
-    shape = tuple(int(n) for n in small("shape", "I64", 2))
-    text = small("compute_dtype", "U8", 32).tobytes().decode("latin-1")
+    bits, group_size, axis = (small(part, "I32", 1)[0] for part in ("nbits", "group_size", "axis"))
+    shape = tuple(small("shape", "I64", 2))
+    text = bytes(small("compute_dtype", "U8", 32)).decode("latin-1")
     file = tensors[f"{name}.nbits"].file
     if len(shape) != 2 or min(shape) < 1 or max(shape) >= 1 << 31:
         raise CorruptFile(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from qconvert.lazy import np
 from qconvert.types import Array
 
 _KINDS = {"BF16": 0, "F16": 1, "F32": 2}

@@ -7,8 +7,7 @@ depends on the order of the additions; its codes come from a table that its C++ 
 
 from __future__ import annotations
 
-import numpy as np
-
+from qconvert.lazy import np
 from qconvert.types import Array
 
 BLOCKSIZE = 256

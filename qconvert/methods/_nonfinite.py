@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
 from qconvert.arrays import to_float32
 from qconvert.errors import NonFinite
+from qconvert.lazy import np
 from qconvert.types import Array
 
 
-def refuse_nonfinite(block: Array, dtype: str, largest: float = np.inf) -> NonFinite:
+def refuse_nonfinite(block: Array, dtype: str, largest: float = math.inf) -> NonFinite:
     """The error for a block that holds NaN, Inf or magnitudes of `largest` and more.
 
     Its `count` says how many, its `first` is the first one's flat index in the block.

@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from qconvert import contract
 from qconvert.errors import UsageError
+from qconvert.lazy import np
 from qconvert.methods import _bnb_nested
 from qconvert.methods._bnb_common import kernel_input
 from qconvert.methods._nonfinite import refuse_nonfinite

@@ -27,11 +27,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from qconvert import contract
 from qconvert.arrays import from_float32, storage_dtype, to_float32
 from qconvert.errors import UsageError
+from qconvert.lazy import np
 from qconvert.methods._nonfinite import refuse_nonfinite
 from qconvert.types import FLOAT_DTYPES, JSON, TORCH_NAMES, Array, Layer, Parts
 
@@ -56,9 +55,9 @@ SCOUT, ITERATIONS = 4, 6
 """Passes over a group from each start, and further passes from the best point found."""
 
 LIMITS = {
-    "F32": (2.0**-149, float(np.finfo(np.float32).max)),
+    "F32": (2.0**-149, (2 - 2.0**-23) * 2.0**127),
     "F16": (2.0**-24, 65504.0),
-    "BF16": (2.0**-133, float(np.float32((2 - 2**-7) * 2.0**127))),
+    "BF16": (2.0**-133, (2 - 2.0**-7) * 2.0**127),
 }
 """Smallest and largest positive number of a dtype."""
 

@@ -14,9 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from qconvert import contract
+from qconvert.lazy import np
 from qconvert.methods._bnb_common import kernel_input
 from qconvert.methods._nonfinite import refuse_nonfinite
 from qconvert.types import JSON, Array, Layer, Parts
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 _OVERFLOW = 65520.0
 """The smallest magnitude that rounds to Inf in float16."""
-_ONE_127TH = np.float32(7.874015718698502e-3)
+_ONE_127TH = 7.874015718698502e-3
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class LLMInt8:
         from qconvert.methods import _bnb_kernels
 
         out = np.empty(codes["weight"].shape, np.float32)
-        _bnb_kernels.dequantize_int8(codes["weight"], codes["SCB"], _ONE_127TH, out)
+        _bnb_kernels.dequantize_int8(codes["weight"], codes["SCB"], np.float32(_ONE_127TH), out)
         return out
 
     def options(self) -> JSON:

@@ -9,20 +9,20 @@ transformers 5.23 loads missing tensors as random ones and ignores an unknown qu
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
-import numpy as np
-
-from qconvert import contract, shards, sidefiles
+from qconvert import arrays, contract, shards, sidefiles
 from qconvert.errors import QConvertError
 from qconvert.manifest import RUN_LOG_NAME
 from qconvert.safepath import read_bytes
 from qconvert.source import SourceReader
 from qconvert.staging import MANIFEST_NAME
-from qconvert.stored import Stored, read_tensor
-from qconvert.types import JSON, Array, Check, Kind, Plan, Report, Structure, TensorInfo, TensorSpec
+from qconvert.stored import Stored, read_raw
+from qconvert.types import JSON, Check, Kind, Plan, Report, Structure, TensorInfo, TensorSpec
 from qconvert.validation import schema
 from qconvert.validation.hashing import Hashing
 from qconvert.validation.reports import CONTRACT, listed
@@ -138,10 +138,10 @@ def _tensors(stored: Stored) -> Iterable[str]:
                         f"got {info.dtype} {list(info.shape)}"
                     )
                 elif rule.value is not None:
-                    expected = _constant(rule.value, env)
-                    found = read_tensor(reader, info)
-                    if not np.array_equal(found.reshape(-1), expected.astype(found.dtype)):
-                        yield f"{where}: expected {_short(expected)}, got {_short(found)}"
+                    expected = _constant(rule.value, env, info.dtype)
+                    found = arrays.values(read_raw(reader, info), info.dtype)
+                    if found != expected:
+                        yield f"{where}: expected {shortened(expected)}, got {shortened(found)}"
 
 
 def _unpadded(spec: TensorSpec, info: TensorInfo) -> bool:
@@ -150,14 +150,14 @@ def _unpadded(spec: TensorSpec, info: TensorInfo) -> bool:
     return text and info.shape < spec.shape
 
 
-def _constant(value: Any, env: Mapping[str, Any]) -> Array:
+def _constant(value: Any, env: Mapping[str, Any], dtype: str) -> list[Any]:
+    """The numbers that a rule of tensors.json stands for, as `dtype` can hold them."""
     if isinstance(value, str):
-        return np.frombuffer(value.format_map(env).encode(), np.uint8)
-    return np.asarray(value).reshape(-1)
-
-
-def _short(array: Array) -> str:
-    return np.array2string(array.reshape(-1), threshold=6, edgeitems=2)
+        return list(value.format_map(env).encode())
+    numbers = value if isinstance(value, list) else [value]
+    if dtype == "F32":
+        return list(struct.unpack(f"{len(numbers)}f", struct.pack(f"{len(numbers)}f", *numbers)))
+    return numbers
 
 
 def _unexpected(stored: Stored, structure: Structure) -> Iterable[str]:

@@ -138,7 +138,9 @@ def test_golden_layers_decode_to_the_librarys_values(case: Path) -> None:
     assert len(GOLDEN) == 14
     state = load_file(case / "model.safetensors")
     expected = load_file(case / "expected.safetensors")
-    layers = HQQ_NATIVE.layers_in(infos_of(state), lambda name: numpy_bits(state[name]), {})
+    layers = HQQ_NATIVE.layers_in(
+        infos_of(state), lambda name: numpy_bits(state[name]).tobytes(), {}
+    )
     [(name, (layer, method))] = layers.items()
     assert name == "linear"
     assert case.name == f"{method.bits}bit-axis{method.axis}"
@@ -359,13 +361,15 @@ def test_options_that_make_no_sense_are_corrupt(change: Change, message: str) ->
     state = load_file(FORMAT.root / "golden" / "4bit-axis1" / "model.safetensors")
     change(state)
     with pytest.raises(CorruptFile, match=message):
-        HQQ_NATIVE.layers_in(infos_of(state), lambda name: numpy_bits(state[name]), {})
+        HQQ_NATIVE.layers_in(infos_of(state), lambda name: numpy_bits(state[name]).tobytes(), {})
 
 
 def test_half_a_layer_is_found() -> None:
     state = load_file(FORMAT.root / "golden" / "4bit-axis1" / "model.safetensors")
     del state["linear.W_q"]
-    layers = HQQ_NATIVE.layers_in(infos_of(state), lambda name: numpy_bits(state[name]), {})
+    layers = HQQ_NATIVE.layers_in(
+        infos_of(state), lambda name: numpy_bits(state[name]).tobytes(), {}
+    )
     assert list(layers) == ["linear"]
 
 
