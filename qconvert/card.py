@@ -16,12 +16,14 @@ from typing import Any
 import yaml
 
 from qconvert import contract
-from qconvert.errors import printable
+from qconvert.errors import QConvertError, printable
+from qconvert.safepath import read_bytes
 from qconvert.text import figures, human_bytes
 from qconvert.types import JSON, TORCH_NAMES, Checkpoint
 
 NAME = "README.md"
 _MAX_FRONT_MATTER = 65_536
+_MAX_CARD = 10_000_000
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _HEAD = re.compile(rb"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 
@@ -56,9 +58,10 @@ def _front_matter(manifest: JSON, checkpoint: Checkpoint) -> JSON:
 def _carried(checkpoint: Checkpoint) -> JSON:
     """The allowed keys of the source's front matter, each a plain string or a list of them."""
     try:
-        found = _HEAD.match((checkpoint.root / NAME).read_bytes()[:_MAX_FRONT_MATTER])
+        text = read_bytes(checkpoint.root, NAME, _MAX_CARD)
+        found = _HEAD.match(text[:_MAX_FRONT_MATTER])
         data = yaml.safe_load(found[1]) if found else None
-    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+    except (QConvertError, OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
     if not isinstance(data, dict):
         return {}

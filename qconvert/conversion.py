@@ -203,7 +203,7 @@ def _seal(
 
 
 def _result_options(request: Request) -> JSON:
-    """The options as asked for that change the result; the card's command repeats them."""
+    """The options as asked for that change the result, for the manifest."""
     return {
         "skip": request.skip,
         "overrides": list(request.overrides),

@@ -16,13 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qconvert import (
-    contract,
-    linears,
-    modelconfig,
-    safepath,
-    sidefiles,
-)
+from qconvert import contract, linears, modelconfig, safepath, sidefiles
 from qconvert.errors import UnsupportedConfig, UsageError
 from qconvert.layout import DEFAULT_SHARD_BYTES, INDEX_NAME, cut_into_shards, index_json
 from qconvert.skiplist import refuse_ambiguous, skip_modules

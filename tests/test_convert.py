@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -117,8 +118,6 @@ def test_bytes_do_not_depend_on_the_environment(
 
 
 def test_side_files_travel_byte_for_byte_and_code_does_not(source: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "source"
     shutil.copytree(source, copy)
     files = {
@@ -177,3 +176,20 @@ def test_overrides_and_skip_decide_layer_by_layer(source: Path, tmp_path: Path) 
     assert bits["model.layers.0.self_attn.q_proj"] == (4, 64)
     assert not any("o_proj" in name for name in bits)
     assert "model.layers.0.self_attn.o_proj" in result.plan.skip_modules
+
+
+def test_the_sources_card_gives_its_licence_and_nothing_that_could_hang(
+    source: Path, tmp_path: Path
+) -> None:
+    for name in ("card", "fifo"):
+        shutil.copytree(source, tmp_path / name)
+    (tmp_path / "card" / "README.md").write_text("---\nlicense: mit\nwidget: evil\n---\n# Old\n")
+    os.mkfifo(tmp_path / "fifo" / "README.md")
+    cards = {}
+    for name in ("card", "fifo"):
+        convert(request(tmp_path / name, "int8", tmp_path / f"{name}-out"))
+        cards[name] = (tmp_path / f"{name}-out" / "README.md").read_text()
+    assert "license: mit\n" in cards["card"]
+    assert "evil" not in cards["card"]
+    assert "# Old" not in cards["card"]
+    assert "license:" not in cards["fifo"]
