@@ -279,6 +279,7 @@ class Container(Protocol):
 class Action(StrEnum):
     QUANTIZE = "quantize"
     COPY = "copy"
+    TUNE = "tune"  # kept in full precision; calibration may change its values (a block's norms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +336,8 @@ class Plan:
     fingerprint: str
     """sha256 of the source's identity, the result-changing options and the versions."""
     warnings: tuple[str, ...] = ()
+    calibration: JSON = field(default_factory=dict)
+    """What a calibrated method's result depends on beside the weights: text, seed, device, …"""
 
     @property
     def total_bytes(self) -> int:
