@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qconvert.errors import DeviceMissing, OutOfMemory
-from qconvert.pour import Quantize
+from qconvert.origins import Quantize
 from qconvert.types import TORCH_NAMES, Array, Method, Parts
 
 

@@ -18,8 +18,9 @@ from typing import Any
 from qconvert import card, manifest, registry, staging
 from qconvert.errors import DiskFull, NonFinite, UsageError
 from qconvert.layout import DEFAULT_SHARD_BYTES
+from qconvert.origins import Quantize
 from qconvert.planning import Override, announced_dtype, make_plan
-from qconvert.pour import Progress, Quantize, pour
+from qconvert.pour import Progress, pour
 from qconvert.source import open_checkpoint
 from qconvert.staging import Staging
 from qconvert.types import JSON, Plan, Report, Verdict

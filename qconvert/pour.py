@@ -1,9 +1,10 @@
 """Pour: fill the planned shards, in bounded memory, from any number of workers.
 
-Every worker does the whole of a tile: read its elements, quantize, pack, write the bytes at their
-planned offsets. Reading, computing and writing overlap because the workers are out of step; the
-system calls and the kernels release the GIL, so threads are enough. Nothing depends on who does a
-tile or when: the plan alone says which bytes go where, and peak memory is one tile a worker.
+Every worker does the whole of a tile: get its bytes from where they come from (read, quantize and
+pack; copy; or look up what calibration found: see `origins.py`), write them at their planned
+offsets. Reading, computing and writing overlap because the workers are out of step; the system
+calls and the kernels release the GIL, so threads are enough. Nothing depends on who does a tile or
+when: the plan alone says which bytes go where, and peak memory is one tile a worker.
 
 A finished tensor is journalled with a checksum; a finished shard is hashed, synced and renamed by
 a thread of its own while the next one is being poured. A resumed run believes neither: journalled
@@ -16,7 +17,7 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,16 +26,16 @@ import numpy as np
 
 from qconvert.digest import sha256
 from qconvert.errors import NonFinite
+from qconvert.origins import Copied, Origin, Quantize, Quantized, Solved
+from qconvert.solution import Solution
 from qconvert.source import SourceReader
 from qconvert.staging import Staging, output_errors, publish
-from qconvert.tiles import cast_copy, global_name, read_tile, tiles_of, written_ranges
-from qconvert.types import ITEMSIZE, Array, Method, Parts, Plan, PlanEntry, Shard, Tile
+from qconvert.tensors import write_exactly
+from qconvert.tiles import global_name, tiles_of, written_ranges
+from qconvert.types import ITEMSIZE, Array, Parts, Plan, PlanEntry, Shard, Tile
 
 Progress = Callable[[int, int, str], None]
 """Called with (source bytes done, source bytes in all, what is at work), from any thread."""
-
-Quantize = Callable[[Method, Array, str], Parts]
-"""Where blocks are quantized: the method's own CPU kernels, or a device's."""
 
 _SYNC_BYTES = 1 << 28
 
@@ -53,23 +54,24 @@ def pour(
     *,
     threads: int,
     quantize: Quantize | None = None,
+    solution: Solution | None = None,
     progress: Progress | None = None,
 ) -> Poured:
     """Writes every shard of `plan` into the staging tree, resuming what is there.
 
-    Raises NonFinite naming every tensor that holds NaN or Inf, CorruptFile if a source file
-    changes meanwhile, DiskFull and other OutputErrors. An exception in the calling thread (a
-    signal handler's) stops the workers after their tile; what is finished stays journalled.
+    What `solution` holds is written as it is there; the rest is quantized, on the CPU by the
+    method's own kernels unless `quantize` says otherwise, or copied. Raises NonFinite naming every
+    tensor that holds NaN or Inf, CorruptFile if a source file changes meanwhile, DiskFull and
+    other OutputErrors. An exception in the calling thread (a signal handler's) stops the workers
+    after their tile; what is finished stays journalled.
 
     Peak memory: `threads` tiles (see `Plan.peak_bytes`).
     """
     with SourceReader(plan.checkpoint) as reader:
-        pouring = _Pouring(plan, staging, reader, quantize or _on_cpu, progress or _silent)
-        return pouring.run(threads)
-
-
-def _on_cpu(method: Method, block: Array, dtype: str) -> Parts:
-    return method.quantize(block, dtype)
+        origins: list[Origin] = [Quantized(reader, plan.container, quantize), Copied(reader)]
+        if solution is not None:
+            origins.insert(0, Solved(solution, plan.container))
+        return _Pouring(plan, staging, reader, origins, progress or _silent).run(threads)
 
 
 def _silent(done: int, total: int, what: str) -> None:
@@ -94,6 +96,7 @@ class _Job:
     """A tensor at work: how many of its tiles are open, and the parts kept for its end."""
 
     entry: PlanEntry
+    origin: Origin
     target: _OpenShard
     open_tiles: int
     checksum: int = 0
@@ -109,13 +112,13 @@ class _Pouring:
         plan: Plan,
         staging: Staging,
         reader: SourceReader,
-        quantize: Quantize,
+        origins: Sequence[Origin],
         progress: Progress,
     ) -> None:
         self.plan = plan
         self.staging = staging
         self.reader = reader
-        self.quantize = quantize
+        self.origins = origins
         self.progress = progress
         self.lock = threading.Lock()
         self.abort = threading.Event()
@@ -171,7 +174,8 @@ class _Pouring:
             for index in shard.entries:
                 entry = self.plan.entries[index]
                 tiles = tiles_of(entry, self.plan.container)
-                job = _Job(entry, target, len(tiles))
+                origin = next(o for o in self.origins if o.has(entry))
+                job = _Job(entry, origin, target, len(tiles))
                 if self._poured_earlier(job):
                     self._skip(entry)
                     tiles = []
@@ -184,17 +188,11 @@ class _Pouring:
 
     def _pour_tile(self, job: _Job, tile: Tile) -> None:
         entry = job.entry
-        block = read_tile(self.reader, entry.tensor, tile)
         checksum = 0
         kept: Parts = {}
         non_finite = None
         try:
-            if entry.layer is None:
-                parts: Parts = {"": cast_copy(block, entry)}
-            else:
-                codes = self.quantize(entry.method, block, entry.tensor.dtype)
-                parts = self.plan.container.encode(codes, entry.method)
-            checksum, kept = self._write_tile(job, tile, parts)
+            checksum, kept = self._write_tile(job, tile, job.origin.tile(entry, tile))
         except NonFinite as error:
             non_finite = error
         with self.lock:
@@ -225,7 +223,7 @@ class _Pouring:
         """Writes bytes of a local tensor at their planned place; returns their checksum."""
         target = job.target
         at = target.shard.offsets[global_name(job.entry, part)] + offset
-        _pwrite(target.fd, data, at)
+        write_exactly(target.fd, data, at)
         with self.lock:
             target.unsynced += len(data)
             if target.unsynced >= _SYNC_BYTES and (not target.syncing or target.syncing.done()):
@@ -235,11 +233,11 @@ class _Pouring:
 
     def _end_tensor(self, job: _Job) -> None:
         entry = job.entry
-        if entry.layer is not None and job.non_finite is None:
+        if job.non_finite is None:
             kept = _concatenate(job.kept)
             job.kept = {}
             try:
-                parts = self.plan.container.finish(entry.layer, entry.method, kept)
+                parts = job.origin.finish(entry, kept)
             except NonFinite as error:
                 job.non_finite = error
             else:
@@ -261,7 +259,7 @@ class _Pouring:
         self.open_shards.append(target)
         os.ftruncate(fd, shard.size)
         os.posix_fallocate(fd, 0, shard.size)
-        _pwrite(fd, memoryview(shard.header), 0)
+        write_exactly(fd, memoryview(shard.header), 0)
         return target
 
     def _close(self, job: _Job) -> None:
@@ -353,12 +351,6 @@ def _await(futures: Iterable[Future[None]]) -> None:
 
 def _bytes(array: Array) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _pwrite(fd: int, data: memoryview, at: int) -> None:
-    while data:
-        count = os.pwrite(fd, data, at)
-        data, at = data[count:], at + count
 
 
 def _concatenate(kept: dict[int, Parts]) -> Parts:

@@ -213,6 +213,13 @@ def _check_coverage(tensors: Sequence[TensorInfo], data_start: int, size: int, f
 # ── writing ──────────────────────────────────────────────────────────────────────────────────
 
 
+def write_exactly(fd: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data` from byte `offset` of the file on."""
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
 def build_header(
     specs: Sequence[TensorSpec], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:

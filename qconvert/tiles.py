@@ -37,17 +37,28 @@ def tiles_of(entry: PlanEntry, container: Container) -> list[Tile]:
 
 def written_ranges(entry: PlanEntry, container: Container) -> Iterator[Write]:
     """Every byte that pouring an entry writes, cut as it is written."""
-    by_tile = [write for tile in tiles_of(entry, container) for write in tile.writes]
-    yield from by_tile
-    covered = {global_name(entry, write.part) for write in by_tile}
+    for tile in tiles_of(entry, container):
+        yield from tile.writes
+    yield from whole_parts(entry, container)
+
+
+def whole_parts(entry: PlanEntry, container: Container) -> Iterator[Write]:
+    """The parts that no tile writes and `Container.finish` makes."""
+    tiled = {write.part for tile in tiles_of(entry, container) for write in tile.writes}
     for spec in entry.outputs:
-        if spec.name not in covered and entry.layer is not None:
-            yield Write(spec.name.removeprefix(f"{entry.layer.name}."), 0, spec.nbytes)
+        part = local_name(entry, spec.name)
+        if part not in tiled and spec.nbytes:
+            yield Write(part, 0, spec.nbytes)
 
 
 def global_name(entry: PlanEntry, part: str) -> str:
     """The name on disk of a layer's local tensor (`part` is empty for a copy)."""
     return f"{entry.layer.name}.{part}" if entry.layer is not None else entry.tensor.name
+
+
+def local_name(entry: PlanEntry, name: str) -> str:
+    """The reverse: the part that a tensor of this entry is."""
+    return "" if entry.layer is None else name.removeprefix(f"{entry.layer.name}.")
 
 
 def read_tile(reader: SourceReader, tensor: TensorInfo, tile: Tile) -> Array:
