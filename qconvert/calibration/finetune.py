@@ -1,0 +1,105 @@
+"""Block-wise fine-tuning: a quantized block learns to give what the full-precision block gave.
+
+A layer solver sees one layer at a time. Here the errors of a block's layers may cancel: with the
+codes frozen, Adam moves codebooks, scales, norms and biases so that the block's output, on what the
+quantized blocks before it hand over, comes close to the full-precision block's output on the same.
+Of the samples one in eight is held out; the state with the least held-out loss wins, and the
+beginning is among the candidates, so that the block never ends worse than it began.
+
+The loss is the squared error of each token's hidden state over the square of that hidden state:
+what follows is a norm, which divides by its size, and a few tokens whose states are a thousand
+times larger would otherwise be all that counts.
+
+Source: arXiv 2401.06118, section 3.4; arXiv 2405.14852 for the rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qconvert.calibration.training import (
+    Learner,
+    Rates,
+    Rows,
+    batches,
+    precision,
+    shuffled,
+    split,
+    warm_cosine,
+)
+from qconvert.methods.aqlm.module import aqlm_layers, held
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneConfig:
+    """Defaults are what gave the least KL divergence on held-out text; `seed` fixes the order."""
+
+    epochs: int
+    dtype: torch.dtype
+    """That of norms and biases on disk (codebooks and scales: `AQLMLinear.dtype`)."""
+    seed: int = 0
+    batch_tokens: int = 8192
+    """Tokens of an optimizer step (whole sequences, at least one)."""
+    micro_tokens: int = 8192
+    """Tokens of one forward and backward pass."""
+    rates: Rates = field(default_factory=Rates)
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup: float = 0.05
+    held_out: float = 1 / 8
+    patience: int = 2
+    """Epochs without improvement after which it stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneReport:
+    """Losses are relative squared errors on the held-out samples, with rounded parameters."""
+
+    before: float
+    after: float
+    history: tuple[float, ...] = ()
+    """After each epoch."""
+    best_epoch: int = 0
+    """0: as it began."""
+    steps: int = 0
+    skipped: int = 0
+    """Steps not taken, since a gradient was not finite."""
+    stopped: str = ""
+    """Why it ended before the last epoch, or did nothing."""
+
+
+class Run(Protocol):
+    def __call__(self, block: nn.Module, hidden: Tensor, /) -> Tensor: ...
+
+
+Progress = Callable[[int, int, float], None]
+"""Called after every step with steps done, steps in all, and the step's training loss."""
+
+
+def finetune_block(
+    block: nn.Module,
+    run: Run,
+    inputs: Rows,
+    targets: Rows,
+    config: FinetuneConfig,
+    on_step: Progress | None = None,
+    *,
+    tuned: Collection[str] | None = None,
+) -> FinetuneReport:
+    """Tunes `block` in place; it ends with the rounded values that were the best.
+
+    `block` holds AQLM layers (`module.replace_linears`) and lies on the device of the work.
+    `run(block, hidden)` is its forward pass with its other arguments, hidden states float32
+    [n, seqlen, hidden]. `inputs` and `targets`: what the quantized prefix gives it, and what the
+    full-precision block makes of that; read sequence by sequence, in any order. `tuned`: paths in
+    the block of the norms and biases that may change (default: every 1-D weight and bias).
+
+    Same device, seed, versions and thread count: same result. Takes, beside the block, the
+    float32 weight of each AQLM layer and its gradient (8 bytes for each quantized weight),
+    16 bytes for each tuned parameter, and the activations of `micro_tokens` tokens.
+    """
