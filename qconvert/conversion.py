@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qconvert import card, manifest, registry, staging
+from qconvert.calibration.options import CalibrationOptions
 from qconvert.errors import DiskFull, NonFinite, UsageError
 from qconvert.layout import DEFAULT_SHARD_BYTES
 from qconvert.origins import Quantize
@@ -40,6 +41,8 @@ class Request:
     """Regex: layers whose name it is found in stay in full precision."""
     overrides: Sequence[str] = ()
     """`'REGEX=bits:4,group_size:64'`: other options for some layers."""
+    calibration: CalibrationOptions | None = None
+    """For a calibrated method alone, which reads None as the defaults."""
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     threads: int | None = None
     device: str = "auto"
@@ -70,6 +73,11 @@ def plan(request: Request) -> Plan:
     overrides = [_override(text) for text in request.overrides]
     for override in overrides:
         method.refuse_unknown(override.options)
+    if request.calibration is not None and not method.calibrated:
+        raise UsageError(
+            f"{request.method} reads no data: it takes no calibration options",
+            hint=f"qconvert {request.method} --help",
+        )
     checkpoint = open_checkpoint(request.model, revision=request.revision)
     maths, container = method.build(announced_dtype(checkpoint), request.options)
     return make_plan(

@@ -34,6 +34,8 @@ class MethodInfo:
     options: Mapping[str, str] = field(default_factory=dict)
     """Option → one line of help, for those the user may set."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    calibrated: bool = False
+    """Whether the result depends on what the model reads: the method takes `calibration`."""
 
     def build(self, dtype: str, options: Mapping[str, Any]) -> tuple[Method, Container]:
         """The method with its options; `dtype` ("BF16") is the default compute dtype."""
