@@ -1,4 +1,4 @@
-"""Arrays in the dtypes of safetensors, without torch.
+"""Arrays in the dtypes of safetensors, without torch (but for `to_torch`, which hands them over).
 
 numpy knows every dtype that a checkpoint is made of but bfloat16; its bit pattern is kept in
 uint16, and widening to float32 is a shift. `storage_dtype` says how the bytes of a safetensors
@@ -45,6 +45,14 @@ def from_float32(values: Array, dtype: str) -> Array:
         rounded: Array = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
         return rounded.astype(np.uint16)
     return values.astype(storage_dtype(dtype))
+
+
+def to_torch(array: Array, dtype: str) -> Any:
+    """A torch tensor over the bits of an array in a safetensors dtype."""
+    import torch
+
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.view(torch.bfloat16) if dtype == "BF16" else tensor
 
 
 def values(data: bytes, dtype: str) -> list[Any]:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from qconvert import modelconfig
+from qconvert.arrays import to_torch
 from qconvert.errors import ContractViolation
 from qconvert.planning import announced_dtype
 from qconvert.safepath import read_bytes
@@ -163,12 +163,6 @@ def cpu_refusal(stored: Stored) -> str:
                 f"[{layer.out_features}, {layer.in_features}]: it needs multiples of 32 and 64"
             )
     return ""
-
-
-def to_torch(array: Any, dtype: str) -> Tensor:
-    """A tensor over the bits of a numpy array in a safetensors dtype."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.view(torch.bfloat16) if dtype == "BF16" else tensor
 
 
 def _complaints(info: Mapping[str, Any]) -> frozenset[str]:
