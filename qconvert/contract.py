@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,20 @@ from qconvert.types import Layer, Method, TensorSpec
 Value = int | float | str | bool | None
 Env = Mapping[str, Value]
 
+_MAX_EXPONENT = 64
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    """A power that cannot be used to fill the memory."""
+    if not 0 <= exponent <= _MAX_EXPONENT:
+        raise ValueError(f"exponent {exponent} in a contract formula")
+    return base**exponent
+
+
 _OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv, ast.Div: operator.truediv, ast.Mod: operator.mod,
+    ast.Pow: _power,
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge,
 }  # fmt: skip
@@ -91,11 +103,19 @@ class TensorRule:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Bounds of the relative error ‖w-ŵ‖/‖w‖: of a whole tensor, and of its worst group."""
+    """Bounds of the relative error ‖w-ŵ‖/‖w‖: of a whole tensor, and of its worst group.
+
+    A group's gain is ⟨w,ŵ⟩/⟨w,w⟩ of the group over that of the whole tensor.
+    """
 
     low: float
     high: float
     group_high: float
+    gain_low: float = 0.0
+    gain_high: float = math.inf
+
+
+_BAND_KEYS = {field.name for field in fields(Band)}
 
 
 class Contract:
@@ -145,7 +165,7 @@ class Contract:
         """The error expected of this variant under these options."""
         for row in self.variants[variant]["error"]:
             if evaluate(row.get("when", "True"), env):
-                return Band(row["low"], row["high"], row["group_high"])
+                return Band(**{key: row[key] for key in _BAND_KEYS & row.keys()})
         raise ValueError(f"formats/{self.name}: no error band for {variant} with {dict(env)}")
 
 

@@ -8,6 +8,7 @@ looked at only when a name is not built in.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ class MethodInfo:
     verb: str
     summary: str
     method: str
-    """`module:Class` of the maths."""
+    """`module:callable` that makes the maths of its options: a class, or a function."""
     container: str
     """`module:SINGLETON` of what lies on disk."""
     format: str
@@ -41,10 +42,10 @@ class MethodInfo:
         """The method with its options; `dtype` ("BF16") is the default compute dtype."""
         self.refuse_unknown(options)
         given = {**self.fixed, **{k: v for k, v in options.items() if v is not None}}
-        method = _load(self.method)
-        if "compute_dtype" in getattr(method, "__dataclass_fields__", {}):
+        make = _load(self.method)
+        if "compute_dtype" in inspect.signature(make).parameters:
             given.setdefault("compute_dtype", dtype)
-        return method(**given), self.load_container()
+        return make(**given), self.load_container()
 
     def refuse_unknown(self, options: Mapping[str, Any]) -> None:
         """Raises UsageError for options that the method does not have."""
@@ -108,6 +109,20 @@ METHODS = (
             "group_size": "weights that share scale and zero (default 64)",
             "axis": "1: groups along in_features (default); 0: across the flattened weight",
         },
+    ),
+    MethodInfo(
+        verb="aqlm",
+        summary="AQLM: 4 to 1 bits, sums of codebook vectors chosen on calibration text",
+        method="qconvert.methods.aqlm.schemes:build",
+        container="qconvert.containers.aqlm:AQLM_CONTAINER",
+        format="aqlm",
+        bits=(4, 3, 2, 1),
+        options={
+            "bits": "4, 3, 2 or 1: the schemes 4x8g8, 3x8g8, 2x8g8 and 1x8g8",
+            "scheme": "codebooks x bits of a code g weights in a group, such as 1x16g8",
+            "quality": "fast, default or best; best at 2 bits takes the scheme 1x16g8",
+        },
+        calibrated=True,
     ),
 )
 

@@ -34,6 +34,7 @@ class AQLM:
     """
 
     name: ClassVar[str] = "aqlm"
+    calibrated: ClassVar[bool] = True
 
     num_codebooks: int = 2
     nbits_per_codebook: int = 8
