@@ -155,8 +155,7 @@ def worker_count(threads: int | None) -> int:
 def check_space(planned: Plan, staged: Staging) -> None:
     """Raises DiskFull when the file system has less room than the plan still needs."""
     folder = staged.destination.parent
-    held = sum(f.stat().st_blocks * 512 for f in staged.tree.rglob("*") if f.is_file())
-    need, free = planned.disk_bytes - held, shutil.disk_usage(folder).free
+    need, free = planned.disk_bytes - staged.held_bytes, shutil.disk_usage(folder).free
     if free < need:
         raise DiskFull(
             f"not enough space in {folder}: {need:,} bytes needed, {free:,} free",

@@ -2,8 +2,9 @@
 
     .<name>.qconvert-staging/
         lock            held with flock by the process at work; names it
-        journal.jsonl   first line: the plan's fingerprint; then one line for each finished tensor
+        journal.jsonl   first line: the plan's fingerprint; then one line for each finished piece
         tree/           what will become <name>/
+        work/           what calibration has finished and where it stands
 
 After kill -9 the destination is absent or complete. The journal says which tensors were finished
 and with which checksum; since it is not synced line by line, a line is a hint and never a proof:
@@ -130,11 +131,18 @@ class Staging:
         self.destination = destination
         self.root = destination.parent / f".{destination.name}{_STAGING_SUFFIX}"
         self.tree = self.root / "tree"
+        self.work = self.root / "work"
         self.fingerprint = fingerprint
         self._lock = -1
         self._journal = -1
         self.records: list[JSON] = []
         """What an earlier run wrote to the journal; hints, to be checked."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Disk blocks that the leftovers of an earlier run take."""
+        files = (path for path in self.root.rglob("*") if path.is_file())
+        return sum(path.stat().st_blocks * 512 for path in files)
 
     def open(self, *, restart: bool = False) -> Staging:
         """Takes the lock and finds out what an earlier run left.
@@ -148,7 +156,8 @@ class Staging:
                 if restart:
                     self._clear()
                 self.records = self._read_journal()
-                self.tree.mkdir(exist_ok=True)
+                for folder in (self.tree, self.work):
+                    folder.mkdir(exist_ok=True)
             except BaseException:
                 self._release()
                 raise
@@ -222,14 +231,15 @@ class Staging:
         self._journal = self._lock = -1
 
     def _clear(self) -> None:
-        shutil.rmtree(self.tree, ignore_errors=True)
-        (self.root / _JOURNAL).unlink(missing_ok=True)
+        (self.root / _JOURNAL).unlink(missing_ok=True)  # first: without it nothing is believed
+        for folder in (self.tree, self.work):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _read_journal(self) -> list[JSON]:
         path = self.root / _JOURNAL
         records, length = _journal_lines(path)
         if not records:
-            shutil.rmtree(self.tree, ignore_errors=True)
+            self._clear()
         elif records[0].get("fingerprint") != self.fingerprint:
             raise errors.StaleStaging(
                 f"an unfinished conversion in {self.root} is of another source, "

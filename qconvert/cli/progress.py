@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
+from qconvert.memory import peak_memory
 from qconvert.text import human_bytes
 
 Progress = Callable[[int, int, str], None]
@@ -17,17 +17,6 @@ _WIDE = 120
 """Columns that a bar needs beside the words."""
 _MOST_STEPS = 1000
 """A stage with a smaller total counts steps, not bytes (the reload level does)."""
-
-
-def peak_memory() -> int:
-    """The largest resident size this process has had, in bytes.
-
-    From /proc where there is one: ru_maxrss also counts the process that forked this one.
-    """
-    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager
