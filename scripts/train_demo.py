@@ -4,7 +4,8 @@ The text is the documentation of two Python projects, taken from their source di
 PyPI and pinned by SHA-256 below: Django 5.2.8 (BSD-3-Clause) and SQLAlchemy 2.0.44 (MIT).  The
 reStructuredText is reduced to plain prose and code, whole documents are held out of training as
 ``heldout.txt``, a 4096-entry byte-level BPE is trained on the remainder, and a five-layer Llama
-with four million parameters is trained from scratch on a CPU.
+with four million parameters is trained from scratch on a CPU.  A part of what it was trained on is
+kept as ``calibration.txt``, for methods that must see what a layer reads.
 
 Hidden matrices are trained with Muon, the embedding and the norms with AdamW, in float32; the
 result is rounded to bfloat16.  The shipped weights saw 2.04 million tokens in 998 steps and 43
@@ -17,6 +18,7 @@ CPU, and the schedule of the shipped run followed the clock (``--steps 2000 --mi
 reached 998 steps.  The defaults below take 1000 steps whatever the clock says.
 
     python scripts/train_demo.py --sdists DIR --out qconvert/demo
+    python scripts/train_demo.py --sdists DIR --out qconvert/demo --texts-only
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ CONTEXT = 1024
 SEED = 20
 HELDOUT_BYTES_PER_SOURCE = 110_000
 HELDOUT_DOC_BYTES = range(3_000, 30_000)  # so that the held-out text is many documents, not two
+CALIBRATION_BYTES_PER_SOURCE = 475_000  # 256 windows of the full context in all
+SHARED_LINE = 100  # characters; a longer line that is in the held-out text as well is no chance
 
 
 @dataclass(frozen=True)
@@ -235,23 +239,41 @@ def split_documents(documents: list[str], rng: random.Random) -> tuple[list[str]
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text that is trained on, one string per document, and the text that is not."""
+    """The text that is trained on, one string per document, and the text that is not.
+
+    ``calibration`` is a part of the former: whole documents, a line ``<|doc|>`` between them.
+    """
 
     train: list[str]
     heldout: str
+    calibration: str
 
 
 def build_corpus(paths: list[Path]) -> Corpus:
     rng = random.Random(SEED)
-    train: list[str] = []
+    kept: list[list[str]] = []
     heldout: list[str] = []
     for sdist, path in zip(SDISTS, paths, strict=True):
-        kept, apart = split_documents(list(read_documents(path, sdist.docs)), rng)
-        train += kept
+        rest, apart = split_documents(list(read_documents(path, sdist.docs)), rng)
+        kept.append(rest)
         heldout += apart
+    train = [text for documents in kept for text in documents]
     rng.shuffle(train)
     rng.shuffle(heldout)
-    return Corpus(train, "\n".join(heldout))
+    chosen = {text for documents in kept for text in calibration_documents(documents, heldout)}
+    calibration = f"{DOC}\n".join(text for text in train if text in chosen)
+    return Corpus(train, "\n".join(heldout), calibration)
+
+
+def calibration_documents(documents: list[str], heldout: list[str]) -> Iterator[str]:
+    """Yield middle-sized documents of one source that share no long line with the held-out text."""
+    apart = {line for text in heldout for line in text.splitlines() if len(line) >= SHARED_LINE}
+    room = CALIBRATION_BYTES_PER_SOURCE
+    for text in documents:
+        size = len(text.encode())
+        if room > 0 and size in HELDOUT_DOC_BYTES and apart.isdisjoint(text.splitlines()):
+            room -= size
+            yield text
 
 
 def train_tokenizer(documents: list[str]) -> Tokenizer:
@@ -434,7 +456,7 @@ def save_model(model: LlamaForCausalLM, out: Path) -> None:
     partial.replace(out / "model.safetensors")
 
 
-def save_texts(out: Path, tokenizer: Tokenizer, heldout: str, paths: list[Path]) -> None:
+def save_texts(out: Path, tokenizer: Tokenizer, corpus: Corpus, paths: list[Path]) -> None:
     """Write everything in the folder but the weights and the README."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", model_settings())
@@ -454,7 +476,8 @@ def save_texts(out: Path, tokenizer: Tokenizer, heldout: str, paths: list[Path])
             "clean_up_tokenization_spaces": False,
         },
     )
-    (out / "heldout.txt").write_text(heldout, encoding="utf-8")
+    (out / "heldout.txt").write_text(corpus.heldout, encoding="utf-8")
+    (out / "calibration.txt").write_text(corpus.calibration, encoding="utf-8")
     for sdist, path in zip(SDISTS, paths, strict=True):
         with tarfile.open(path) as archive:
             stream = archive.extractfile(f"{sdist.name}-{sdist.version}/LICENSE")
@@ -466,6 +489,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
     parser.add_argument("--sdists", type=Path, help="folder with the two source archives")
     parser.add_argument("--out", type=Path, default=Path("qconvert/demo"))
+    parser.add_argument("--texts-only", action="store_true", help="do not train")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=1e9, help="end the schedule by then")
     parser.add_argument("--batch-tokens", type=int, default=2 * CONTEXT)
@@ -478,7 +502,9 @@ def main() -> None:
         paths = locate_sdists(args.sdists or Path(scratch))
         corpus = build_corpus(paths)
         tokenizer = train_tokenizer(corpus.train)
-        save_texts(args.out, tokenizer, corpus.heldout, paths)
+        save_texts(args.out, tokenizer, corpus, paths)
+    if args.texts_only:
+        return
     ids = encode(tokenizer, corpus.train)
     heldout = torch.tensor(tokenizer.encode(corpus.heldout).ids)
     model = new_model()
