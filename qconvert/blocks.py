@@ -67,9 +67,7 @@ def _stacks(structure: Structure) -> tuple[Mapping[str, int], frozenset[str]]:
             numbers.setdefault(found["prefix"], set()).add(int(found["index"]))
             if role.kind is Kind.LINEAR:
                 with_layers.add(found["prefix"])
-    whole = {
-        prefix: len(seen) for prefix, seen in numbers.items() if seen == set(range(len(seen)))
-    }
+    whole = {prefix: len(seen) for prefix, seen in numbers.items() if seen == set(range(len(seen)))}
     return whole, frozenset(with_layers)
 
 

@@ -16,13 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qconvert import contract, linears, modelconfig, safepath, sidefiles
+from qconvert import advice, contract, linears, modelconfig, safepath, sidefiles
+from qconvert.blocks import Blocks, block_of, find_blocks
 from qconvert.errors import UnsupportedConfig, UsageError
+from qconvert.footprint import SMALL_FILES_BYTES, Calibrating, peak_bytes, working_bytes
 from qconvert.layout import DEFAULT_SHARD_BYTES, INDEX_NAME, cut_into_shards, index_json
 from qconvert.skiplist import refuse_ambiguous, skip_modules
-from qconvert.tiles import TILE_ELEMENTS
 from qconvert.types import (
     FLOAT_DTYPES,
+    JSON,
     TORCH_NAMES,
     Action,
     Checkpoint,
@@ -32,19 +34,13 @@ from qconvert.types import (
     Method,
     Plan,
     PlanEntry,
+    Role,
     Structure,
     TensorInfo,
     TensorSpec,
     dtype_from_torch,
 )
 from qconvert.version import __version__
-
-_TILE_BYTES_PER_ELEMENT = 24
-"""Source bits, float32 copies, codes and packed output of one weight at the hungriest method."""
-_RUNTIME_BYTES = 450_000_000
-"""Interpreter, numpy, numba with LLVM, headers and plan: an upper bound of what was measured."""
-_SMALL_FILES_BYTES = 4_000_000
-"""Card, report, manifest, journal, run log: bounded, not predicted."""
 
 _REASONS = {
     Kind.HEAD: "output head",
@@ -54,6 +50,9 @@ _REASONS = {
     Kind.KEPT: "a linear layer that its loaders do not replace",
     Kind.OTHER: "not a linear layer",
 }
+OUTSIDE = "outside the decoder's blocks, where calibration does not reach"
+TUNED = "tuned with its block"
+"""How the reason of every tensor starts whose values may differ from the source's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +98,28 @@ def make_plan(
     overrides: Sequence[Override] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     threads: int = 1,
+    calibration: JSON | None = None,
+    tune: bool = False,
 ) -> Plan:
     """Decides what becomes of every tensor and where in the output it lies.
 
-    Reads config.json, headers and the sizes of side files; no weights. Raises UsageError when
-    nothing is left to quantize or an override matches no layer, UnsupportedConfig and RemoteCode
-    when no model can be built from config.json.
+    Reads config.json, headers and the sizes of side files; no weights. `calibration` is what a
+    calibrated method's result depends on (`nsamples` and `seqlen` also decide what it takes), and
+    `tune` whether norms and biases learn with their blocks. Raises UsageError when nothing is left
+    to quantize or an override matches no layer, UnsupportedConfig and RemoteCode when no model can
+    be built from config.json, or it has no blocks that can be calibrated.
     """
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     structure = linears.structure(checkpoint.config, shapes)
     dtype = announced_dtype(checkpoint)
-    entries = tuple(
-        _decide(tensor, structure, method, container, skip, overrides, dtype, checkpoint)
-        for tensor in checkpoint.tensors.values()
-    )
+    blocks = find_blocks(structure) if getattr(method, "calibrated", False) else None
+    if blocks is not None and overrides:
+        raise UsageError(
+            f"one scheme holds for the whole model: {container.name} knows no --override",
+            hint=f"--skip '{overrides[0].pattern.pattern}' keeps layers in full precision",
+        )
+    rules = _Rules(checkpoint, structure, method, container, skip, overrides, dtype, blocks, tune)
+    entries = tuple(_decide(tensor, rules) for tensor in checkpoint.tensors.values())
     _refuse_missing(structure)
     _refuse_useless(entries, skip, overrides)
     shards = cut_into_shards(entries, max_shard_bytes)
@@ -126,11 +133,12 @@ def make_plan(
         skip_modules=skip_modules(structure, entries),
         generated={},
         copied={name: (checkpoint.root / name).stat().st_size for name in checkpoint.side_files},
-        peak_bytes=_peak_bytes(entries, threads),
+        peak_bytes=0,
         disk_bytes=0,
         dtype=dtype,
         fingerprint="",
         warnings=checkpoint.warnings,
+        calibration=calibration or {},
     )
     config, removed = sidefiles.output_config(
         safepath.read_bytes(checkpoint.root, modelconfig.FILE, modelconfig.MAX_BYTES),
@@ -140,43 +148,73 @@ def make_plan(
     generated = {modelconfig.FILE: config}
     if len(shards) > 1:
         generated[INDEX_NAME] = index_json(shards, entries)
+    refuse_ambiguous(draft)
     warnings = draft.warnings
     if removed:
         warnings += (f"removed from config.json, since it runs code: {', '.join(removed)}",)
-    refuse_ambiguous(draft)
+    if blocks is not None:
+        warnings += advice.on_calibrated(draft, skip.pattern if skip else None)
     plan = replace(draft, generated=generated, warnings=warnings)
+    return with_calibration(plan, plan.calibration, threads=threads)
+
+
+def with_calibration(plan: Plan, calibration: JSON, *, threads: int = 1) -> Plan:
+    """The same plan with other settings of calibration, and all that follows from them.
+
+    What is known only once the text has been read (its sha256) comes in here.
+    """
+    plan = replace(plan, calibration=calibration)
+    need = None
+    disk = plan.total_bytes + SMALL_FILES_BYTES
+    if getattr(plan.method, "calibrated", False):
+        blocks = find_blocks(plan.structure)
+        need = Calibrating(plan.structure, blocks, calibration, plan.checkpoint.config)
+        disk += working_bytes(plan.entries, need, plan.dtype)
     return replace(
         plan,
-        disk_bytes=plan.total_bytes + _SMALL_FILES_BYTES,
+        peak_bytes=peak_bytes(plan.entries, threads, need),
+        disk_bytes=disk,
         fingerprint=_fingerprint(plan),
     )
 
 
-def _decide(
-    tensor: TensorInfo,
-    structure: Structure,
-    method: Method,
-    container: Container,
-    skip: re.Pattern[str] | None,
-    overrides: Sequence[Override],
-    dtype: str,
-    checkpoint: Checkpoint,
-) -> PlanEntry:
-    role = structure.roles[tensor.name]
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What decides over a tensor."""
+
+    checkpoint: Checkpoint
+    structure: Structure
+    method: Method
+    container: Container
+    skip: re.Pattern[str] | None
+    overrides: Sequence[Override]
+    dtype: str
+    blocks: Blocks | None
+    """Of a calibrated method: nothing outside of them is quantized."""
+    tune: bool
+
+    def in_block(self, module: str) -> bool:
+        return self.blocks is not None and block_of(self.blocks, module) is not None
+
+
+def _decide(tensor: TensorInfo, rules: _Rules) -> PlanEntry:
+    role = rules.structure.roles[tensor.name]
     name = tensor.name.removesuffix(".weight")
 
-    def copy(reason: str) -> PlanEntry:
-        target = dtype if _follows_dtype(tensor) else tensor.dtype
+    def copy(reason: str, action: Action = Action.COPY) -> PlanEntry:
+        target = rules.dtype if _follows_dtype(tensor) else tensor.dtype
         if target != tensor.dtype:
             reason += f"; cast from {tensor.dtype} as its loader would"
         spec = TensorSpec(tensor.name, target, tensor.shape)
-        return PlanEntry(tensor, Action.COPY, reason, (spec,))
+        return PlanEntry(tensor, action, reason, (spec,))
 
+    if _is_tuned(tensor, role, rules):
+        return copy(TUNED, Action.TUNE)
     if role.kind not in (Kind.LINEAR, Kind.CONV1D):
         return copy(_REASONS[role.kind])
     if name == tensor.name or len(tensor.shape) != 2:
         return copy("bias" if tensor.name.endswith(".bias") else _REASONS[Kind.OTHER])
-    if skip is not None and skip.search(name):
+    if rules.skip is not None and rules.skip.search(name):
         return copy("--skip")
     if tensor.dtype == "F64":
         return copy("float64: only F16, BF16 and F32 are quantized")
@@ -189,6 +227,8 @@ def _decide(
             got=tensor.dtype,
             hint="convert the full-precision model that it was made from",
         )
+    if rules.blocks is not None and not rules.in_block(role.module):
+        return copy(OUTSIDE)
     transposed = role.kind is Kind.CONV1D
     out_features, in_features = reversed(tensor.shape) if transposed else tensor.shape
     layer = Layer(
@@ -198,19 +238,31 @@ def _decide(
         out_features=out_features,
         in_features=in_features,
         transposed=transposed,
-        has_bias=f"{name}.bias" in checkpoint.tensors,
+        has_bias=f"{name}.bias" in rules.checkpoint.tensors,
     )
-    own: Any = method
-    for override in overrides:
+    own: Any = rules.method
+    for override in rules.overrides:
         if override.pattern.search(name):
             own = replace(own, **override.options)
     if reason := own.check(layer):
         return copy(reason)
-    local = contract.load(container.name).specs(
-        container.variant(own), contract.environment(layer, own)
+    local = contract.load(rules.container.name).specs(
+        rules.container.variant(own), contract.environment(layer, own)
     )
     outputs = tuple(replace(spec, name=f"{name}.{spec.name}") for spec in local)
     return PlanEntry(tensor, Action.QUANTIZE, "linear layer", outputs, layer, own)
+
+
+def _is_tuned(tensor: TensorInfo, role: Role, rules: _Rules) -> bool:
+    """Norms of the blocks, and the biases of their linear layers."""
+    return (
+        rules.tune
+        and rules.in_block(role.module)
+        and role.kind in (Kind.OTHER, Kind.LINEAR)
+        and len(tensor.shape) == 1
+        and tensor.dtype in FLOAT_DTYPES
+        and tensor.name.endswith((".weight", ".bias"))
+    )
 
 
 def _follows_dtype(tensor: TensorInfo) -> bool:
@@ -247,8 +299,7 @@ def _refuse_useless(
             "nothing to quantize: every weight would stay in full precision ("
             + ", ".join(f"{count} × {reason}" for reason, count in kept.most_common(3))
             + ")",
-            hint="qconvert inspect MODEL shows the layers; try a smaller --group-size or "
-            "a narrower --skip",
+            hint="qconvert inspect MODEL shows the layers; try smaller groups or a narrower --skip",
         )
     if skip is not None and not any(e.reason.startswith("--skip") for e in entries):
         raise UsageError(
@@ -260,22 +311,6 @@ def _refuse_useless(
                 f"--override {override.pattern.pattern!r} matches no quantized layer",
                 hint=f"names look like {layers[0]}",
             )
-
-
-def _peak_bytes(entries: Sequence[PlanEntry], threads: int) -> int:
-    """Upper bound of the resident memory of a conversion, start to end, validation excluded.
-
-    A worker holds one tile. What a format keeps over a whole tensor (absmax of double
-    quantization, before it is quantized itself) is float32 for every block and is held twice
-    more while it is packed.
-    """
-    tile = max([TILE_ELEMENTS, *(e.layer.in_features for e in entries if e.layer is not None)])
-    kept = max(
-        (12 * e.tensor.numel // getattr(e.method, "blocksize", 64) for e in entries if e.layer),
-        default=0,
-    )
-    headers = 2_000 * len(entries)
-    return _RUNTIME_BYTES + headers + threads * (tile * _TILE_BYTES_PER_ELEMENT + kept)
 
 
 def _fingerprint(plan: Plan) -> str:
@@ -293,6 +328,7 @@ def _fingerprint(plan: Plan) -> str:
         ],
         "revision": checkpoint.revision,
         "method": plan.method.options(),
+        "calibration": plan.calibration,
         "layers": [
             (e.tensor.name, e.action, e.method.options() if e.method else None)
             for e in plan.entries

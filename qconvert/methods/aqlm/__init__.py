@@ -85,10 +85,11 @@ class AQLM:
         [M, 2^B, 1, g]; `scales`: float32 [rows]. Sums in float32, in the order of the codebooks.
         """
         index = codes.astype(np.int64) & (2**self.nbits_per_codebook - 1)
-        weight = codebooks[0, index[..., 0], 0]
+        weight: Array = codebooks[0, index[..., 0], 0]
         for m in range(1, self.num_codebooks):
             weight += codebooks[m, index[..., m], 0]
-        return weight.reshape(len(codes), -1) * scales.reshape(-1, 1)
+        rows: Array = weight.reshape(len(codes), -1) * scales.reshape(-1, 1)
+        return rows
 
 
 def parse_scheme(text: str) -> dict[str, int]:

@@ -1,0 +1,141 @@
+"""How much memory and disk a conversion will take: upper bounds, from shapes alone.
+
+A method that reads no data holds a tile for each worker. A calibrated one holds a decoder block and
+what choosing its codes takes, and on disk the hidden states between two blocks and what has been
+solved; while it pours, the block is gone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from qconvert.blocks import Blocks, block_of
+from qconvert.tiles import TILE_ELEMENTS
+from qconvert.types import ITEMSIZE, JSON, Action, PlanEntry, Structure
+
+SMALL_FILES_BYTES = 4_000_000
+"""Card, report, manifest, journal, run log: bounded, not predicted."""
+
+_TILE_BYTES_PER_ELEMENT = 24
+"""Source bits, float32 copies, codes and packed output of one weight at the hungriest method."""
+_RUNTIME_BYTES = 450_000_000
+"""Interpreter, numpy, numba with LLVM, headers and plan: an upper bound of what was measured."""
+_TORCH_BYTES = 800_000_000
+"""torch, and transformers with the classes of a model."""
+_SCORES_BYTES = 512 << 20
+"""Scores of candidate codes that the layer solver holds at once."""
+_LAYER_COPIES = 6
+"""Of the layer that is being solved: weight, reconstruction, gradient, the best so far, …"""
+_MICRO_TOKENS = 8192
+"""Of one pass through a block (`FinetuneConfig.micro_tokens`), or one sample if that is longer."""
+_ACTIVATION_COPIES = 3
+"""Of what a block's layers read and write: forward, backward, and the full-precision block's."""
+_ACTIVATION_FILES = 3
+"""Inputs of a block, its full-precision outputs, inputs of the next block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrating:
+    """What a calibrated method's needs follow from."""
+
+    structure: Structure
+    blocks: Blocks
+    settings: JSON
+    """`nsamples` and `seqlen`, where they are known."""
+    config: JSON
+
+    @property
+    def seqlen(self) -> int:
+        return int(self.settings.get("seqlen") or 0)
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole calibration text."""
+        return int(self.settings.get("nsamples") or 0) * self.seqlen
+
+    def size(self, *keys: str) -> int:
+        """The first of these numbers that config.json, or its text_config, has; else 0."""
+        nested = self.config.get("text_config")
+        for part in (nested if isinstance(nested, dict) else {}, self.config):
+            for key in keys:
+                if isinstance(part.get(key), int):
+                    return int(part[key])
+        return 0
+
+
+def peak_bytes(entries: Sequence[PlanEntry], threads: int, need: Calibrating | None = None) -> int:
+    """Upper bound of the resident memory of a conversion, start to end, validation excluded.
+
+    A worker holds one tile. What a format keeps over a whole tensor (absmax of double
+    quantization, before it is quantized itself) is float32 for every block and is held twice
+    more while it is packed.
+    """
+    tile = max([TILE_ELEMENTS, *(e.layer.in_features for e in entries if e.layer is not None)])
+    kept = max(
+        (12 * e.tensor.numel // getattr(e.method, "blocksize", 64) for e in entries if e.layer),
+        default=0,
+    )
+    headers = 2_000 * len(entries)
+    pouring = threads * (tile * _TILE_BYTES_PER_ELEMENT + kept)
+    if need is None:
+        return _RUNTIME_BYTES + headers + pouring
+    solving = max(_block_bytes(members, need) for members in _by_block(entries, need))
+    return _RUNTIME_BYTES + headers + _TORCH_BYTES + max(pouring, solving)
+
+
+def working_bytes(entries: Sequence[PlanEntry], need: Calibrating, dtype: str) -> int:
+    """Disk that calibration takes beside the result: solved tensors, and hidden states."""
+    solved = sum(e.nbytes for e in entries if e.action in (Action.QUANTIZE, Action.TUNE))
+    hidden = need.size("hidden_size", "n_embd", "d_model")
+    return solved + _ACTIVATION_FILES * need.tokens * hidden * ITEMSIZE[dtype]
+
+
+def _by_block(entries: Sequence[PlanEntry], need: Calibrating) -> list[list[PlanEntry]]:
+    found: dict[int, list[PlanEntry]] = defaultdict(list)
+    for entry in entries:
+        index = block_of(need.blocks, need.structure.roles[entry.tensor.name].module)
+        if index is not None:
+            found[index].append(entry)
+    return list(found.values())
+
+
+def _block_bytes(members: Sequence[PlanEntry], need: Calibrating) -> int:
+    """Memory that one block takes at the hungrier of two moments.
+
+    Always: its weights in float32, and a Hessian (float32, in_features²) for each layer; that is
+    an upper bound, since layers that read the same input share one.
+
+    Solving a layer: the largest Hessian twice more (damped, and its factor), six times the largest
+    layer, and the scores of candidates.
+
+    Tuning: codes as int64; the weight of every layer dequantized, and its gradient; value,
+    gradient and two moments of each number that is tuned; three times the activations at both
+    ends of each layer, and the attention scores of one sample.
+    """
+    layers: list[Any] = [entry.layer for entry in members if entry.layer is not None]
+    weights = 4 * sum(entry.tensor.numel for entry in members)
+    if not layers:
+        return weights
+    widths: list[int] = [layer.in_features for layer in layers]
+    hessians = 4 * sum(width * width for width in widths)
+    largest: int = 4 * max(layer.out_features * layer.in_features for layer in layers)
+    solving = 8 * max(widths) ** 2 + _LAYER_COPIES * largest + _SCORES_BYTES
+
+    codes = tuned = 0
+    for entry in members:
+        for spec in entry.outputs:
+            if entry.layer is not None and spec.name.endswith(".codes"):
+                codes += prod(spec.shape)
+            elif entry.layer is not None or entry.action is Action.TUNE:
+                tuned += prod(spec.shape)
+    tokens = max(_MICRO_TOKENS, need.seqlen)
+    ends: int = sum(layer.in_features + layer.out_features for layer in layers)
+    heads = need.size("num_attention_heads", "n_head")
+    activations = 4 * tokens * (ends + heads * need.seqlen)
+    quantized: int = sum(layer.out_features * layer.in_features for layer in layers)
+    tuning = 8 * (codes + quantized) + 16 * tuned + _ACTIVATION_COPIES * activations
+    return weights + hessians + max(solving, tuning)
