@@ -16,7 +16,7 @@ Source: arXiv 2401.06118, section 3.4; arXiv 2405.14852 for the rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from qconvert.calibration.training import (
     Learner,
+    Progress,
     Rates,
     Rows,
     batches,
@@ -77,10 +78,6 @@ class Run(Protocol):
     def __call__(self, block: nn.Module, hidden: Tensor, /) -> Tensor: ...
 
 
-Progress = Callable[[int, int, float], None]
-"""Called after every step with steps done, steps in all, and the step's training loss."""
-
-
 def finetune_block(
     block: nn.Module,
     run: Run,
@@ -103,3 +100,69 @@ def finetune_block(
     float32 weight of each AQLM layer and its gradient (8 bytes for each quantized weight),
     16 bytes for each tuned parameter, and the activations of `micro_tokens` tokens.
     """
+    if len(inputs) < 2:
+        return FinetuneReport(math.nan, math.nan, stopped="fewer than two samples")
+    training, validation = split(len(inputs), config.held_out, config.seed)
+    device = next(block.parameters()).device
+    if device.type == "cpu":
+        block.float()
+    learner = Learner(block, tuned, config.dtype, config.rates, config.betas)
+    layers = aqlm_layers(block).values()
+    sequence = inputs[[0]].shape[1]
+    size = max(1, config.batch_tokens // sequence)
+    micro = max(1, min(size, config.micro_tokens // sequence))
+
+    def loss(which: list[int]) -> Tensor:
+        hidden, target = (rows[which].to(device, torch.float32) for rows in (inputs, targets))
+        with precision(device):
+            out = run(block, hidden)
+        return _relative_error(out, target).sum() / (len(which) * sequence)
+
+    def validate() -> float:
+        with torch.no_grad(), learner.as_stored(), held(layers):
+            total = 0.0
+            for which in batches(validation, micro):
+                total += loss(which).item() * len(which)
+        return total / len(validation)
+
+    before = best = validate()
+    kept, best_epoch = learner.rounded(), 0
+    history: list[float] = []
+    steps = skipped = 0
+    stopped = "" if math.isfinite(before) else "the loss is not finite"
+    total = config.epochs * math.ceil(len(training) / size)
+    for epoch in range(1, config.epochs + 1):
+        if stopped:
+            break
+        for batch in batches(shuffled(training, config.seed, epoch), size):
+            value = 0.0
+            with held(layers):
+                for which in batches(batch, micro):
+                    part = loss(which) * (len(which) / len(batch))
+                    part.backward()
+                    value += part.item()
+            if not math.isfinite(value):
+                learner.adam.zero_grad()
+                stopped = "the loss is not finite"
+                break
+            skipped += not learner.step(warm_cosine(steps, total, config.warmup))
+            steps += 1
+            if on_step is not None:
+                on_step(steps, total, value)
+        else:
+            history.append(validate())
+            if history[-1] < best:
+                best, best_epoch, kept = history[-1], epoch, learner.rounded()
+            elif not math.isfinite(history[-1]):
+                stopped = "the loss is not finite"
+            elif epoch - best_epoch >= config.patience and epoch < config.epochs:
+                stopped = f"no gain in {config.patience} epochs"
+    learner.set(kept)
+    block.requires_grad_(False)
+    return FinetuneReport(before, best, tuple(history), best_epoch, steps, skipped, stopped)
+
+
+def _relative_error(out: Tensor, target: Tensor) -> Tensor:
+    """[n, seqlen]: each token's squared error over its squared size."""
+    error = (out.float() - target).square().sum(-1)
+    return error / target.square().sum(-1).clamp(min=1e-12)

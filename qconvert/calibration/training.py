@@ -12,7 +12,7 @@ rounded to its dtype on disk, and what is kept are those rounded values.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +24,10 @@ from qconvert.methods.aqlm.module import aqlm_layers
 
 _SMALLEST_RMS = 0.1
 """For norms and biases: a tensor of zeros (a fresh bias, a norm that stores w - 1) has to move."""
+
+
+Progress = Callable[[int, int, float], None]
+"""Called after every step with steps done, steps in all, and the step's training loss."""
 
 
 class Rows(Protocol):
@@ -163,4 +167,6 @@ def batches(items: Sequence[int], size: int) -> Iterator[list[int]]:
 
 def precision(device: torch.device) -> AbstractContextManager[object]:
     """bf16 autocast on a GPU; float32 on a CPU, where bf16 is slower."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    context: AbstractContextManager[object]
+    context = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    return context

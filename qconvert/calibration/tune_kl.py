@@ -16,15 +16,36 @@ Source: arXiv 2401.06118, appendix A; arXiv 2405.14852.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from qconvert.calibration.finetune import Progress
-from qconvert.calibration.training import Rates, Rows
+from qconvert.calibration.training import (
+    Learner,
+    Progress,
+    Rates,
+    Rows,
+    batches,
+    precision,
+    shuffled,
+    split,
+    vectors,
+    warm_cosine,
+)
+from qconvert.staging import output_errors, publish
+
+STATE_NAME = "tune-kl.safetensors"
+_LOGIT_TOKENS = 256
+"""Tokens whose logits are in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +107,149 @@ def tune_kl(
     precision, the head, one block's float32 weights, 20 bytes for each tuned parameter, one
     hidden state for each block and token of a micro-batch, and logits of 256 tokens three times.
     """
+    if len(inputs) < 2:
+        return KLReport(math.nan, math.nan, stopped="fewer than two samples")
+    training, validation = split(len(inputs), config.held_out, config.seed)
+    model = nn.ModuleList(blocks)
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        model.float()
+    chosen = [vectors(b) for b in blocks] if tuned is None else tuned
+    names = [f"{i}.{name}" for i, each in enumerate(chosen) for name in each]
+    learner = Learner(model, names, config.dtype, config.rates, config.betas)
+    sequence = inputs[[0]].shape[1]
+    size = max(1, config.batch_tokens // sequence)
+    micro = max(1, min(size, config.micro_tokens // sequence))
+
+    def divergence(which: list[int], weight: float | None = None) -> float:
+        """Mean KL over `which`; with a weight, its gradient times that is added."""
+        hidden, target = (rows[which].to(device, torch.float32) for rows in (inputs, targets))
+        with precision(device):
+            for i, block in enumerate(blocks):
+                hidden = checkpoint(
+                    run, i, block, hidden, use_reentrant=False, preserve_rng_state=False
+                )
+        total = _head(logits, hidden, target, None if weight is None else weight / sequence)
+        return total / (len(which) * sequence)
+
+    def validate() -> float:
+        with torch.no_grad(), learner.as_stored():
+            parts = [divergence(which) * len(which) for which in batches(validation, micro)]
+        return math.fsum(parts) / len(validation)
+
+    per_epoch = math.ceil(len(training) / size)
+    total = config.epochs * per_epoch
+    state = _State(folder / STATE_NAME, _key(config, learner, training, validation), learner)
+    report = state.load()
+    if report is None:
+        before = validate()
+        report = KLReport(before, before, stopped=_trouble(before))
+        state.best = learner.rounded()
+    while report.steps < total and not report.stopped:
+        epoch, place = divmod(report.steps, per_epoch)
+        order = shuffled(training, config.seed, epoch + 1)
+        batch = order[place * size : (place + 1) * size]
+        values = [
+            divergence(which, len(which) / len(batch)) * len(which)
+            for which in batches(batch, micro)
+        ]
+        value = math.fsum(values) / len(batch)
+        if not math.isfinite(value):
+            report = replace(report, stopped=_trouble(value))
+            break
+        taken = learner.step(warm_cosine(report.steps, total, config.warmup))
+        report = replace(report, steps=report.steps + 1, skipped=report.skipped + (not taken))
+        if report.steps % per_epoch == 0:
+            loss = validate()
+            report = replace(report, history=(*report.history, loss), stopped=_trouble(loss))
+            if loss < report.after:
+                report = replace(report, after=loss, best_epoch=epoch + 1)
+                state.best = learner.rounded()
+        if report.steps % config.save_every == 0 or report.steps == total:
+            state.save(report)
+        if on_step is not None:
+            on_step(report.steps, total, value)
+    learner.set(state.best)
+    model.requires_grad_(False)
+    return report
+
+
+def _head(
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, weight: float | None
+) -> float:
+    """Summed KL(teacher ‖ student) of last hidden states [n, t, hidden], in nats.
+
+    With `weight`, the gradient of the *mean over n* times t times it flows back from `hidden`.
+    """
+    leaf = hidden.detach().requires_grad_(weight is not None)
+    width = max(1, _LOGIT_TOKENS // len(hidden))
+    sums = []
+    for start in range(0, hidden.shape[1], width):
+        part = slice(start, start + width)
+        with precision(hidden.device):
+            student = logits(leaf[:, part])
+            with torch.no_grad():
+                teacher = logits(target[:, part])
+        theirs, ours = (x.float().log_softmax(-1) for x in (teacher, student))
+        divergence = (theirs.exp() * (theirs - ours)).sum()
+        if weight is not None:
+            (divergence * (weight / len(hidden))).backward()
+        sums.append(divergence.detach().double())
+    if weight is not None:
+        hidden.backward(leaf.grad)
+    return float(torch.stack(sums).sum())
+
+
+def _trouble(loss: float) -> str:
+    return "" if math.isfinite(loss) else "the loss is not finite"
+
+
+def _key(config: KLConfig, learner: Learner, *samples: list[int]) -> str:
+    """Identifies what a state may be continued with."""
+    shapes = {name: list(p.shape) for name, p in learner.parameters.items()}
+    text = json.dumps([asdict(config), shapes, samples], default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _State:
+    """Everything that the rest of a run depends on, in one file."""
+
+    def __init__(self, path: Path, key: str, learner: Learner) -> None:
+        self.path, self.key, self.learner = path, key, learner
+        self.best: dict[str, Tensor] = {}
+
+    def save(self, report: KLReport) -> None:
+        adam = self.learner.adam.state
+        tensors = {}
+        for name, p in self.learner.parameters.items():
+            state = adam[p] or {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            tensors[f"value/{name}"] = p.detach()
+            tensors[f"mean/{name}"] = state["exp_avg"]
+            tensors[f"square/{name}"] = state["exp_avg_sq"]
+            tensors[f"best/{name}"] = self.best[name]
+        text = json.dumps({"key": self.key, "report": asdict(report)})
+        part = self.path.with_name(self.path.name + ".part")
+        with output_errors(self.path):
+            save_file(tensors, part, {"state": text})
+            publish(part, self.path)
+
+    def load(self) -> KLReport | None:
+        """Continues where the file says; None if there is none of this run."""
+        if not self.path.is_file():
+            return None
+        with safe_open(self.path, "pt") as file:
+            known = json.loads(file.metadata()["state"])
+            if known["key"] != self.key:
+                return None
+            report = KLReport(**known["report"] | {"history": tuple(known["report"]["history"])})
+            device = next(iter(self.learner.parameters.values())).device
+            taken = float(report.steps - report.skipped)
+            for name, p in self.learner.parameters.items():
+                self.learner.adam.state[p] = {
+                    "step": torch.tensor(taken),
+                    "exp_avg": file.get_tensor(f"mean/{name}").to(device),
+                    "exp_avg_sq": file.get_tensor(f"square/{name}").to(device),
+                }
+                self.best[name] = file.get_tensor(f"best/{name}").to(device)
+            self.learner.set({n: file.get_tensor(f"value/{n}") for n in self.learner.parameters})
+        return replace(report, resumed_at=report.steps)

@@ -43,7 +43,7 @@ class Solved(Protocol):
     def scales(self) -> Tensor: ...
 
 
-class AQLMLinear(nn.Module):
+class AQLMLinear(nn.Module):  # type: ignore[misc]
     """y = x Wᵀ + bias with W[o, jg:(j+1)g] = scales[o] · Σ_m codebooks[m, codes[o, j, m]].
 
     `codes`: int [out, in / g, M] in [0, 2^B), frozen. Parameters, float32: `codebooks`
@@ -124,7 +124,7 @@ class AQLMLinear(nn.Module):
             weight.backward(leaf.grad)
 
 
-class _Dequantize(torch.autograd.Function):
+class _Dequantize(torch.autograd.Function):  # type: ignore[misc]
     """Keeps nothing dense for the backward pass: what it needs is gathered again."""
 
     @staticmethod
