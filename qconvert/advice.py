@@ -48,7 +48,7 @@ def heavy_codebooks(entries: Sequence[PlanEntry], skip: str | None) -> str:
     kinds = sorted({generalize(entry.layer.name) for entry in heavy if entry.layer})
     shown = ", ".join(kinds[:_SHOWN]) + (", …" if len(kinds) > _SHOWN else "")
     if len(heavy) == len(layers):
-        advice = "the model is too small for this scheme: --scheme 2x8g8 has codebooks of 8 kB"
+        advice = "the model is too small for such codebooks"
     else:
         pattern = layer_pattern([e.layer.name for e in heavy if e.layer],
                                 [e.layer.name for e in layers if e.layer])  # fmt: skip
