@@ -69,14 +69,14 @@ def from_meta(config: JSON, tensors: Tensors) -> Structure:
     return _structure(models[best], tensors, known[best])
 
 
-def build(config: JSON) -> Any:
-    """The model of `config["architectures"][0]` on the meta device.
+def build(config: JSON, dtype: torch.dtype | None = None) -> Any:
+    """The model of `config["architectures"][0]` on the meta device, by default in float32.
 
     Raises as `from_meta` does.
     """
     modelconfig.check(config)
     with _guarded(config, 20 * _FREE_MODULES):
-        return _build(_classes(config)[0], config)
+        return _build(_classes(config)[0], config, dtype)
 
 
 # ── building ─────────────────────────────────────────────────────────────────────────────────
@@ -158,12 +158,12 @@ def _unknown(config: JSON, key: str, expected: str, got: object) -> QConvertErro
     return UnsupportedConfig(f"unusable {key!r}", file="config.json", expected=expected, got=got)
 
 
-def _build(cls: type[Any], config: JSON) -> Any:
+def _build(cls: type[Any], config: JSON, dtype: torch.dtype | None = None) -> Any:
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(modelconfig.inert(config))
     with ExitStack() as stack:
         for context in (torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops()):
             stack.enter_context(context)
-        return cls._from_config(parsed)
+        return cls._from_config(parsed, dtype=dtype)
 
 
 # ── names on disk ────────────────────────────────────────────────────────────────────────────
