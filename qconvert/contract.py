@@ -111,7 +111,7 @@ class Band:
     low: float
     high: float
     group_high: float
-    gain_low: float = 0.0
+    gain_low: float = -math.inf
     gain_high: float = math.inf
 
 

@@ -90,20 +90,29 @@ def _code(config: JSON) -> Iterable[str]:
 
 
 def _skip_list(stored: Stored, structure: Structure) -> Iterable[str]:
-    """Every linear layer is quantized or listed, and none is both."""
+    """Every linear layer is quantized or listed, in all its spellings, and none is both."""
     quantized = {layer.module for layer, _ in stored.layers.values()}
-    key = contract.load(stored.container.name).data["skip_list"]
+    data = contract.load(stored.container.name).data
+    key = data["skip_list"]
+    spellings: list[str] = data.get("skip_spellings", ["{path}"])
     listed = stored.config["quantization_config"].get(key)
+    entries = frozenset(listed or ())
     heads = {role.module for role in structure.roles.values() if role.kind is Kind.HEAD}
     for path, name in structure.modules.items():
+        spelled = [spelling.format(path=path) for spelling in spellings]
+        missing = [other for other in spelled[1:] if other not in entries]
+        covered = path in entries or any(_covers(entry, path) for entry in entries)
         if path in quantized:
-            if any(_covers(entry, path) for entry in listed or ()):
+            if covered or entries.intersection(spelled):
                 yield f"config.json, {key}: {path} is listed, and quantized"
         elif listed is None:  # then a loader leaves the output head alone, and nothing else
             if name is not None and path not in heads:
                 yield f"config.json, {key}: {path} is neither quantized nor listed"
-        elif not any(_covers(entry, path) for entry in listed):
+        elif not covered and len(missing) == len(spelled) - 1:
             yield f"config.json, {key}: {path} is neither quantized nor listed"
+        elif not covered or missing:
+            absent = path if not covered else missing[0]
+            yield f"config.json, {key}: {absent} is missing, as some loaders spell it"
         if name is None and any(part.isdigit() for part in path.split(".")):
             yield f"{path} has no tensor at all"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from qconvert.errors import NotFound, QConvertError, UsageError
 from qconvert.source import SourceReader, open_checkpoint
 from qconvert.stored import Stored, open_stored
-from qconvert.types import Checkpoint, Plan, Report, Structure
+from qconvert.types import Checkpoint, Plan, Report
 from qconvert.validation.contract import check_contract, unreadable
 from qconvert.validation.reports import (
     CONTRACT,
@@ -81,7 +81,7 @@ def _prove(
     structure = plan.structure if plan else None
     run: dict[str, Callable[[], Report]] = {
         CONTRACT: lambda: check_contract(stored, structure=structure, plan=plan),
-        NUMERIC: lambda: _numeric(stored, source, structure, progress),
+        NUMERIC: lambda: _numeric(stored, source, plan, progress),
         RELOAD: lambda: _reload(stored, source, device, progress),
     }
     reports: list[Report] = []
@@ -95,14 +95,15 @@ def _prove(
 def _numeric(
     stored: Stored,
     source: Checkpoint | None,
-    structure: Structure | None,
+    plan: Plan | None,
     progress: Progress | None,
 ) -> Report:
     if source is None:
         return Report(NUMERIC, [], skipped="no source to compare with (--against SOURCE)")
     from qconvert.validation.numeric import check_numeric
 
-    return check_numeric(stored, source, structure=structure, progress=progress)
+    structure = plan.structure if plan else None
+    return check_numeric(stored, source, structure=structure, plan=plan, progress=progress)
 
 
 def _reload(

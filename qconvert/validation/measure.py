@@ -9,13 +9,14 @@ divergence to some per cent, which is all that a bound needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qconvert import tokenizer
 from qconvert.types import JSON
 
 Model = Any
@@ -39,7 +40,7 @@ class Text:
     ids: Tensor
     prompt: Tensor
     kind: str
-    decode: Callable[[list[int]], str]
+    decode: Callable[[Sequence[int]], str]
 
 
 def read_text(
@@ -53,41 +54,20 @@ def read_text(
     window = min(WINDOW, positions - 2, max(budget, MIN_TOKENS))  # RoBERTa's start at 2
     count = max(1, budget // window)
     try:
-        encode, decode = _tokenizer(folder)
+        words = tokenizer.load(folder)
         # A token is at least one character of an ordinary text: more need not be encoded.
-        tokens = encode(text.read_text("utf-8")[: 8 * count * window])
+        [tokens] = words.encode([text.read_text("utf-8")[: 8 * count * window]])
     except (OSError, ValueError) as why:
         return _random(vocab, count, window, seed, f"random tokens ({why})")
     if len(tokens) < count * window or max(tokens) >= vocab:
         return _random(vocab, count, window, seed, "random tokens (the tokenizer does not fit)")
     ids = torch.tensor(tokens[: count * window], dtype=torch.int64).reshape(count, window)
-    return Text(ids, ids[:1, :PROMPT_TOKENS], f"held-out text {text.name}", decode)
+    return Text(ids, ids[:1, :PROMPT_TOKENS], f"held-out text {text.name}", words.decode)
 
 
 def _random(vocab: int, count: int, window: int, seed: int, kind: str) -> Text:
     ids = torch.randint(vocab, (count, window), generator=torch.Generator().manual_seed(seed))
     return Text(ids, ids[:1, :PROMPT_TOKENS], kind, lambda tokens: " ".join(map(str, tokens)))
-
-
-def _tokenizer(folder: Path) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
-    """`tokenizer.json` if there is one: nothing of it is code. Raises OSError or ValueError."""
-    if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        try:
-            fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as e:
-            raise ValueError(f"tokenizer.json is not readable: {e}") from e
-        fast.no_truncation()
-        fast.no_padding()
-        return lambda text: list(fast.encode(text).ids), lambda ids: str(fast.decode(ids))
-    from transformers import AutoTokenizer
-
-    try:
-        slow = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as e:
-        raise ValueError("no usable tokenizer") from e
-    return slow.encode, slow.decode
 
 
 def is_causal(model: Model) -> bool:

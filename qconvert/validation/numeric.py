@@ -14,9 +14,15 @@ cent, which the errors of coarse codes would hide. What is expected lies in `pea
 A group a thousand times fainter than the others of its tile is left out of that: a neuron that
 died in training, with weights of 1e-12, rounds to zero in every format and matters in none.
 
-Sums are taken in float64 over one tile and then in tile order, so that the figures do not depend
-on the number of threads. The source's files are hashed meanwhile: the report holds for exactly
-these bytes, and can be cited later without them.
+Where codes are chosen for what a layer reads (AQLM), its weights may be far off in directions that
+nothing ever comes from, and errors say little. The gain of a row says more: a scale that is doubled
+or halved makes it twice or half of what the other rows have.
+
+Norms and biases that were tuned with their block may differ from the source's, by as much as the
+format's contract allows, if the plan or the manifest says that they were.
+
+The source's files are hashed meanwhile: the report holds for exactly these bytes, and can be cited
+later without them.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,7 +42,7 @@ import numpy as np
 
 from qconvert import arrays, contract, linears
 from qconvert.source import SourceReader
-from qconvert.stored import LayerReader, Stored
+from qconvert.stored import LayerReader, Stored, read_tensor
 from qconvert.tiles import TILE_ELEMENTS, read_tile
 from qconvert.types import (
     ITEMSIZE,
@@ -44,56 +50,20 @@ from qconvert.types import (
     Array,
     Check,
     Checkpoint,
+    Plan,
     Report,
     Structure,
     TensorInfo,
     Tile,
 )
+from qconvert.validation.comparison import Errors, compare
 from qconvert.validation.hashing import Hashing
 from qconvert.validation.reports import NUMERIC, Progress, listed, rounded
+from qconvert.validation.tuned import Change, change, too_far, tuned_names
 
 T = TypeVar("T")
 
 _WORST = 5
-_FAINT = 1e-6
-"""Of the tile's mean Σ w² of a group: a thousandth of its magnitude."""
-
-
-_RUN = 256
-
-
-@dataclass(slots=True)
-class Errors:
-    """What a tile, or a whole tensor, comes to."""
-
-    noise: float = 0.0
-    """Σ (ŵ − w)²"""
-    signal: float = 0.0
-    """Σ w²"""
-    max_abs: float = 0.0
-    worst_group: float = 0.0
-    """The largest relative error of a group that shares a scale."""
-    worst_peak: float = 0.0
-    """How far a group's largest magnitude is off, relative to the largest one near it."""
-    lost_groups: int = 0
-    """Groups that come back as nothing but zeros."""
-    non_finite: int = 0
-
-    def add(self, other: Errors) -> None:
-        self.noise += other.noise
-        self.signal += other.signal
-        self.max_abs = max(self.max_abs, other.max_abs)
-        self.worst_group = max(self.worst_group, other.worst_group)
-        self.worst_peak = max(self.worst_peak, other.worst_peak)
-        self.lost_groups += other.lost_groups
-        self.non_finite += other.non_finite
-
-    @property
-    def relative(self) -> float:
-        """‖w − ŵ‖ / ‖w‖; infinite where zeros came back as something else."""
-        if self.signal:
-            return math.sqrt(self.noise / self.signal)
-        return math.inf if self.noise else 0.0
 
 
 def check_numeric(
@@ -101,13 +71,16 @@ def check_numeric(
     checkpoint: Checkpoint,
     *,
     structure: Structure | None = None,
+    plan: Plan | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Compares every tensor of a quantized folder with the checkpoint it was made from.
 
     Report.data: relative_error over all quantized weights, worst_tensors, tensors (per layer:
-    bits, relative error, largest absolute error, worst group) and source_sha256 by file.
+    bits, relative error, largest absolute error, worst group), source_sha256 by file, and of the
+    tuned tensors how many there are and the largest change. Which those are, `plan` says, else the
+    folder's manifest; without either all norms and biases may be.
     Memory: `threads` tiles of about 4 M weights. Raises CorruptFile if a file changes meanwhile.
     """
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -122,15 +95,22 @@ def check_numeric(
             stored, checkpoint, source, result, partial(_in_order, pool, 2 * workers), progress
         )
         strays = list(comparison.strays())
+        tuned = tuned_names(stored, plan)
         layers = comparison.layers() if not strays else {}
-        copies = comparison.copies() if not strays else []
+        copies = comparison.copies(tuned) if not strays else []
+        changes = comparison.changes(tuned) if not strays else {}
         for file in checkpoint.files:
             source.check_unchanged(file)
         sha256 = hashing.result()
     if strays:
         return Report(NUMERIC, [_check("source and result have the same tensors", strays)])
     checks = [*_judge(stored, layers), _check("copies are the source's", copies)]
-    return Report(NUMERIC, checks, _figures(stored, layers) | {"source_sha256": sha256})
+    figures = _figures(stored, layers)
+    if changes:
+        checks.append(_check("tuned tensors are close to the source's", too_far(stored, changes)))
+        largest = max(found.relative for found in changes.values())
+        figures["tuned"] = {"tensors": len(changes), "largest_change": rounded(largest)}
+    return Report(NUMERIC, checks, figures | {"source_sha256": sha256})
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +181,30 @@ class _Comparison:
         errors = compare(_groups(weights, reader), _groups(decoded, reader))
         return name, tile.numel * ITEMSIZE[tensor.dtype], errors
 
-    def copies(self) -> list[str]:
-        """Copied tensors that are not the source's."""
-        return [wrong for wrong in self.run(self._copies()) if wrong]
+    def copies(self, tuned: Collection[str]) -> list[str]:
+        """Copied tensors that are not the source's, those in `tuned` left out."""
+        tasks = (
+            partial(self._compare_copy, self.checkpoint.tensors[name], info)
+            for name, info in self.stored.copies.items()
+            if name not in tuned
+        )
+        return [wrong for wrong in self.run(tasks) if wrong]
 
-    def _copies(self) -> Iterator[Callable[[], str]]:
-        for name, info in self.stored.copies.items():
-            yield partial(self._compare_copy, self.checkpoint.tensors[name], info)
+    def changes(self, tuned: Collection[str]) -> dict[str, Change]:
+        """What became of the tuned tensors."""
+        names = sorted(tuned)
+        tasks = (
+            partial(self._compare_tuned, self.checkpoint.tensors[name], self.stored.copies[name])
+            for name in names
+        )
+        return dict(zip(names, self.run(tasks), strict=True))
+
+    def _compare_tuned(self, original: TensorInfo, copy: TensorInfo) -> Change:
+        before, after = (
+            arrays.to_float32(read_tensor(reader, info), info.dtype)
+            for reader, info in ((self.source, original), (self.result, copy))
+        )
+        return change(before, after)
 
     def _compare_copy(self, original: TensorInfo, copy: TensorInfo) -> str:
         differing = 0
@@ -223,43 +220,6 @@ class _Comparison:
         return f"{copy.file}, tensor {copy.name}: {differing:,} of {copy.numel:,} values differ"
 
 
-def compare(weights: Array, decoded: Array) -> Errors:
-    """Errors of `decoded` against `weights`, float32 [groups, group] each."""
-    bad = int(decoded.size - np.count_nonzero(np.isfinite(decoded)))
-    if bad:
-        return Errors(non_finite=bad)
-    signal = np.add.reduce(np.square(weights), axis=1, dtype=np.float64)
-    difference = np.abs(decoded - weights)
-    noise = np.add.reduce(np.square(difference), axis=1, dtype=np.float64)
-    total = float(signal.sum())
-    heard = (signal > _FAINT * total / max(1, len(signal))) | ((signal == 0) & (noise > 0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = (noise / signal)[heard]
-    lost = heard & (signal > 0) & ~decoded.any(axis=1)
-    return Errors(
-        noise=float(noise.sum()),
-        signal=total,
-        max_abs=float(difference.max(initial=0.0)),
-        worst_group=float(np.sqrt(ratios.max(initial=0.0))),
-        worst_peak=_worst_peak(np.abs(weights).max(axis=1), np.abs(decoded).max(axis=1)),
-        lost_groups=int(np.count_nonzero(lost)),
-    )
-
-
-def _worst_peak(expected: Array, found: Array) -> float:
-    """The largest |found − expected| of a group, relative to the largest magnitude near it.
-
-    The 256 groups that share a scale of scales lie within three runs of 256, however they are
-    aligned. Their scale is at least the mean of all, so a fainter run is measured by that.
-    """
-    runs = np.maximum.reduceat(expected, np.arange(0, len(expected), _RUN))
-    padded = np.pad(runs, 1)
-    near = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])
-    size = np.maximum(np.repeat(near, _RUN)[: len(expected)], expected.mean(dtype=np.float64))
-    off = np.abs(found - expected)
-    return float(np.max(off / size)) if size.all() else float(off.max() > 0)
-
-
 def _groups(block: Array, reader: LayerReader) -> Array:
     """A block as [groups, group], the weights that share a scale side by side."""
     method: Any = reader.method
@@ -273,7 +233,8 @@ def _groups(block: Array, reader: LayerReader) -> Array:
 
 
 def _judge(stored: Stored, layers: Mapping[str, Errors]) -> list[Check]:
-    broken, outside, groups, peaks, lost = [], [], [], [], []
+    broken, outside, groups, gains, peaks, lost = [], [], [], [], [], []
+    gains_count = False
     data = contract.load(stored.container.name)
     for name, errors in sorted(layers.items(), key=lambda item: -item[1].relative):
         layer, method = stored.layers[name]
@@ -291,6 +252,14 @@ def _judge(stored: Stored, layers: Mapping[str, Errors]) -> list[Check]:
                 f"{where}: expected ≤ {band.group_high:g} in every group, "
                 f"got {errors.worst_group:.4g}"
             )
+        if band.gain_high < math.inf and not errors.non_finite:
+            gains_count = True
+            low, high = errors.gains
+            if not band.gain_low <= low <= high <= band.gain_high:
+                gains.append(
+                    f"{where}: expected the gain of every group from {band.gain_low:g} to "
+                    f"{band.gain_high:g} of the layer's, got {low:.4g} to {high:.4g}"
+                )
         peak_high = data.variants[stored.container.variant(method)].get("peak_high", math.inf)
         if errors.worst_peak > peak_high:
             peaks.append(
@@ -303,6 +272,7 @@ def _judge(stored: Stored, layers: Mapping[str, Errors]) -> list[Check]:
         _check("every weight is finite", broken),
         _check("every tensor's error is as expected", outside),
         _check("every group's error is as expected", groups),
+        *([_check("every group's gain is as expected", gains)] if gains_count else []),
         _check("every group's largest magnitude is as expected", peaks),
         _check("no group is lost", lost),
     ]
