@@ -108,6 +108,22 @@ def _download(repo_id: str, commit: str, names: Iterable[str]) -> Path:
     )
 
 
+def dataset_file(repo_id: str, commit: str, name: str) -> Path:
+    """One file of a dataset repository at a commit, from the cache if it is there.
+
+    Raises what `snapshot` raises of the Hub.
+    """
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        _asking_hub(
+            lambda: hf_hub_download(repo_id, name, repo_type="dataset", revision=commit),
+            repo_id,
+            commit,
+        )
+    )
+
+
 def _cached(repo_id: str, revision: str | None, why: Network) -> Snapshot:
     """The snapshot that an earlier run left in the cache; raises `why` if there is none."""
     from huggingface_hub import snapshot_download

@@ -28,13 +28,18 @@ def regular_file(root: Path, name: str) -> Path:
     """
     if len(name) > _MAX_NAME or ".." in name or not _NAME.fullmatch(name):
         raise UnsafePath("not a plain file name", file=name)
+    return file_inside(root, name)
+
+
+def file_inside(root: Path, name: str) -> Path:
+    """`regular_file` for a name that comes from listing `root` and may be spelled in any way."""
     root = root.resolve()
     real = Path(os.path.realpath(root / name))
     homes = [root]
     if root.parent.name == "snapshots":
         homes.append(root.parent.parent / "blobs")
     if not any(real.is_relative_to(home) for home in homes):
-        raise UnsafePath(f"leads out of the checkpoint, to {real}", file=name)
+        raise UnsafePath(f"leads out of the folder, to {real}", file=name)
     try:
         mode = real.stat(follow_symlinks=False).st_mode
     except FileNotFoundError:
