@@ -50,7 +50,7 @@ def _best(distances, width, costs, ids):
     """
     size = len(distances)
     limit = _BIG
-    if _LANES < size and width <= _LANES:
+    if size > _LANES and width <= _LANES:
         minima = np.empty(_LANES, np.float32)
         for lane in range(_LANES):
             minima[lane] = distances[lane]

@@ -1,8 +1,8 @@
 """Codebooks and scales: a start from weighted k-means, then least squares.
 
-Given the codes, the loss is a quadratic function of all codebooks together, and its minimum is found by
-conjugate gradients on the normal equations (the paper's section 3.3 hints at such a solver and
-takes a hundred steps of Adam). One iteration costs one product [out, in] x [in, in]; the
+Given the codes, the loss is a quadratic function of all codebooks together, and its minimum is
+found by conjugate gradients on the normal equations (the paper's section 3.3 hints at such a
+solver and takes a hundred steps of Adam). One iteration costs one product [out, in] x [in, in]; the
 preconditioner is the 8 x 8 block that belongs to each vector, Σ s² H_jj over where it is used.
 With several codebooks the system is singular (a constant may move from one book to another),
 which conjugate gradients do not mind. Scales are solved in closed form, row by row.

@@ -3,8 +3,8 @@
 With G = E H and R = G_j − e_j H_jj, what the other groups contribute, the loss as a function of
 the error e of group j is e H_jj eᵀ + 2 e Rᵀ: the best vector is the one nearest, in the metric
 H_jj = L Lᵀ, to w_j + R H_jj⁻¹. A group's current codes are kept unless the new ones are better,
-so the loss of no row can rise. (The paper's beam search, section 3.2, at beam 1, but over all codebooks
-of a group at once.)
+so the loss of no row can rise. (The paper's beam search, section 3.2, at beam 1, but over all
+codebooks of a group at once.)
 
 G is computed afresh for a run of `_RUN` columns, kept up to date within it, and then forgotten:
 one matrix product [out, in] x [in, in] for a whole pass and no drift.

@@ -2,16 +2,16 @@
 
 This is where the time goes, so it is the one step with three implementations: numba kernels for
 a CPU, Triton for a CUDA device, and plain torch, which runs anywhere and says what the others do.
-They visit the same candidates and keep the first of equal ones; where two candidates differ by less than
-a rounding error they may choose differently.
+They visit the same candidates and keep the first of equal ones; where two candidates differ by
+less than a rounding error they may choose differently.
 
 Distances are Euclidean. The caller puts the metric of a group, H_jj = L Lᵀ, into targets and
 books by multiplying both with L.
 
 One book is searched exhaustively. Two books would have K² sums: the `EXPAND` vectors of the first
 that lie nearest to the target are combined with all of the second, which finds the best of the
-K² sums 97 to 99 times in a hundred for books that came out of residual k-means, at a sixteenth of the
-price. More books are searched two at a time, the others held, until every pair had its turn.
+K² sums 97 to 99 times in a hundred for books that came out of residual k-means, at a sixteenth of
+the price. More books are searched two at a time, the others held, until every pair had its turn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -199,7 +199,7 @@ def _share(
         rows, *out = (array[run[0] : run[1]] for array in arrays)
         kernel(rows, *inputs, *out)
 
-    list(_pool(os.getpid()).map(work, zip(edges, edges[1:], strict=False)))
+    list(_pool(os.getpid()).map(work, pairwise(edges)))
 
 
 @cache
