@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from qconvert import registry
+from qconvert.calibration.options import CalibrationOptions
 from qconvert.cli import options as opt
 from qconvert.errors import UsageError
 from qconvert.types import TORCH_NAMES, dtype_from_torch
@@ -46,6 +47,62 @@ _ComputeDtype = Annotated[
     ),
 ]
 
+_AqlmBits = Annotated[
+    int | None, typer.Option(help="4, 3, 2 or 1.", metavar="N", show_default="2, or the scheme's")
+]
+_Scheme = Annotated[
+    str | None,
+    typer.Option(
+        help="Codebooks x bits of a code g weights in a group: 2x8g8, 1x16g8.",
+        metavar="MxBgG",
+        show_default="2x8g8 at 2 bits",
+    ),
+]
+_Quality = Annotated[
+    str,
+    typer.Option(
+        help="fast, default or best: how much time to spend. best at 2 bits is 1x16g8.",
+        metavar="NAME",
+    ),
+]
+_Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="A text or JSONL file, a folder of them, token ids (.npy), or an id of the library "
+        "datasets (NAME:SPLIT).",
+        metavar="TEXT",
+        show_default="319 MB of C4",
+    ),
+]
+_Nsamples = Annotated[
+    int | None,
+    typer.Option(
+        help="Samples of text.", metavar="N", min=1, show_default="128, 256 or 512 by quality"
+    ),
+]
+_Seqlen = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens in a sample.", metavar="N", min=8, show_default="2048, or the model's context"
+    ),
+]
+_Seed = Annotated[int, typer.Option(help="Of everything random.", metavar="N", min=0)]
+_Epochs = Annotated[
+    int | None,
+    typer.Option(
+        help="Passes of fine-tuning over the samples, block by block; 0: none.",
+        metavar="N",
+        min=0,
+        show_default="1, 4 or 8 by quality",
+    ),
+]
+_Tune = Annotated[
+    str,
+    typer.Option(
+        help="kl: at the end, tune the whole model against its own logits.", metavar="none|kl"
+    ),
+]
+
 Parameters = Sequence[tuple[str, Any, Any]]
 """(name, annotation, default) of a command's options; `...` where one is required."""
 
@@ -63,7 +120,20 @@ _OWN: dict[str, Parameters] = {
         ("axis", _Axis, 1),
         ("override", _Override, None),
     ],
+    "aqlm": [
+        ("bits", _AqlmBits, None),
+        ("scheme", _Scheme, None),
+        ("quality", _Quality, "default"),
+    ],
 }
+_CALIBRATION: Parameters = [
+    ("calibration", _Calibration, None),
+    ("nsamples", _Nsamples, None),
+    ("seqlen", _Seqlen, None),
+    ("seed", _Seed, 0),
+    ("epochs", _Epochs, None),
+    ("tune", _Tune, "none"),
+]
 _PLANNING: Parameters = [
     ("output", opt.Output, None),
     ("revision", opt.Revision, None),
@@ -86,7 +156,7 @@ def register(app: typer.Typer) -> None:
     """Adds the methods' verbs, `bnb` and `plan` to the application."""
     planning = typer.Typer(help="Print what a conversion would write, to the byte; write nothing.")
     for method in registry.METHODS:
-        own = _OWN.get(method.verb, [])
+        own = [*_OWN.get(method.verb, []), *(_CALIBRATION if method.calibrated else [])]
         _add(app, method.verb, method.summary, [*own, *_PLANNING, *_POURING])
         _add(planning, method.verb, method.summary, [*own, *_PLANNING], dry_run=True)
     for target, more in ((app, _POURING), (planning, [])):
@@ -140,6 +210,7 @@ def run(verb: str, given: dict[str, Any]) -> None:
         revision=given["revision"],
         skip=given["skip"],
         overrides=given.get("override") or (),
+        calibration=_calibration(given) if "calibration" in given else None,
         max_shard_bytes=opt.parse_size(given["max_shard_size"]),
         threads=given["threads"],
         device=given["device"],
@@ -160,6 +231,8 @@ def _method_options(verb: str, given: dict[str, Any]) -> tuple[str, dict[str, An
     """The method's name and the options that are its own."""
     own = {name for name, _, _ in _OWN.get(verb, _BNB_4BIT if verb == "bnb" else [])}
     chosen = {name: given[name] for name in own if name in given and name != "override"}
+    if verb == "aqlm" and chosen["bits"] is None and chosen["scheme"] is None:
+        chosen["bits"] = 2
     if verb == "bnb":
         if given["bits"] not in (4, 8):
             raise UsageError(
@@ -176,3 +249,15 @@ def _method_options(verb: str, given: dict[str, Any]) -> tuple[str, dict[str, An
                 hint="--compute-dtype bfloat16",
             )
     return verb, chosen
+
+
+def _calibration(given: dict[str, Any]) -> CalibrationOptions:
+    return CalibrationOptions(
+        source=given["calibration"],
+        nsamples=given["nsamples"],
+        seqlen=given["seqlen"],
+        seed=given["seed"],
+        quality=given["quality"],
+        epochs=given["epochs"],
+        tune=given["tune"],
+    )
