@@ -1,10 +1,10 @@
 """The same model three ways: from its source, by its stock loader, and by our own dequantization.
 
 `dequantized` puts the weights that *we* read out of the folder into the plain model class: what
-the stock loader builds must say the same. For bitsandbytes the stock loader is `from_pretrained`
-of transformers. transformers 5 does not read HQQ checkpoints (it warns and leaves random
-weights), so there the hqq library's own HQQLinear is put in the listed places: its unpacking, its
-arithmetic, its idea of the nineteen tensors.
+the stock loader builds must say the same. For bitsandbytes and AQLM the stock loader is
+`from_pretrained` of transformers. transformers 5 does not read HQQ checkpoints (it warns and
+leaves random weights), so there the hqq library's own HQQLinear is put in the listed places: its
+unpacking, its arithmetic, its idea of the nineteen tensors.
 
 Nothing here may run code that a checkpoint brings: `trust_remote_code=False` everywhere, weights
 from safetensors alone, and the type names that hqq passes to `eval` are looked at first.
@@ -79,9 +79,18 @@ def source(folder: Path, dtype: Any, device: str) -> Loaded:
     return Loaded(model.to(device), _complaints(info), f"transformers {_version('transformers')}")
 
 
-def compute_dtype(stored: Stored) -> Any:
-    """The torch dtype that a stored model computes in."""
-    return getattr(torch, TORCH_NAMES[announced_dtype(stored.checkpoint)])
+def compute_dtype(stored: Stored, device: str = "cpu") -> Any:
+    """The torch dtype that a stored model is proved in: what it computes in, with exceptions.
+
+    HQQLinear is put in place by us, so in the dtype that shows most. aqlm's kernel for codebooks
+    of 256 vectors computes in float32 alone on a CPU, its CUDA kernels in 16 bits alone.
+    """
+    announced = getattr(torch, TORCH_NAMES[announced_dtype(stored.checkpoint)])
+    if stored.container.name == "hqq" or (stored.container.name == "aqlm" and device == "cpu"):
+        return torch.float32
+    if stored.container.name == "aqlm" and announced is torch.float32:
+        return torch.bfloat16
+    return announced
 
 
 def dequantized(stored: Stored, dtype: Any, device: str) -> Loaded:
@@ -101,14 +110,17 @@ def dequantized(stored: Stored, dtype: Any, device: str) -> Loaded:
     return Loaded(model.to(device), _complaints(info), "own dequantization")
 
 
-def bitsandbytes(stored: Stored, device: str) -> Loaded:
+def stock(stored: Stored, dtype: Any, device: str) -> Loaded:
     """`from_pretrained`, as a user calls it."""
+    library = stored.container.name
     cls = model_class(config_of(stored.root))
     place = {"device_map": {"": 0}} if device == "cuda" else {}
-    model, info = cls.from_pretrained(stored.root, dtype="auto", **place, **_SAFE)
+    # bitsandbytes reads the dtype off the files; AQLM computes in the one that is asked for.
+    wanted = dtype if library == "aqlm" else "auto"
+    model, info = cls.from_pretrained(stored.root, dtype=wanted, **place, **_SAFE)
     name = (
         f"transformers {_version('transformers')} {cls.__name__}.from_pretrained, "
-        f"bitsandbytes {_version('bitsandbytes')}"
+        f"{library} {_version(library)}"
     )
     return Loaded(model, _complaints(info), name)
 
@@ -157,12 +169,42 @@ def cpu_refusal(stored: Stored) -> str:
     out_features % 32 == 0 (bitsandbytes 0.50.2): the stored bytes are right all the same.
     """
     for name, (layer, method) in stored.layers.items():
-        if method.bits == 4 and (layer.in_features % 64 or layer.out_features % 32):
+        if (
+            stored.container.name == "bitsandbytes"
+            and method.bits == 4
+            and (layer.in_features % 64 or layer.out_features % 32)
+        ):
             return (
                 f"bitsandbytes' 4-bit CPU kernel cannot run {name} "
                 f"[{layer.out_features}, {layer.in_features}]: it needs multiples of 32 and 64"
             )
     return ""
+
+
+def cuda_refusal(stored: Stored) -> str:
+    """Why aqlm's CUDA kernels cannot be had here, or "": they are compiled where they are used.
+
+    Schemes without one of their own run in Triton, which brings its compiler.
+    """
+    if stored.container.name != "aqlm":
+        return ""
+    from torch.utils import cpp_extension
+
+    schemes: set[str] = {getattr(method, "scheme", "") for _, method in stored.layers.values()}
+    if not schemes & {"1x16g8", "1x16g16", "2x8g8", "1x8g8"}:
+        return ""
+    if cpp_extension.CUDA_HOME is None:
+        return "aqlm compiles its CUDA kernels when they are used, and there is no nvcc"
+    if not cpp_extension.is_ninja_available():
+        return "aqlm compiles its CUDA kernels when they are used, and there is no ninja"
+    return ""
+
+
+def takes_tokens_singly(stored: Stored, device: str) -> bool:
+    """Whether the loader's kernel computes one token at a time, in one thread (aqlm, numba)."""
+    return device == "cpu" and any(
+        getattr(method, "nbits_per_codebook", 0) == 8 for _, method in stored.layers.values()
+    )
 
 
 def _complaints(info: Mapping[str, Any]) -> frozenset[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,13 @@ def read_text(
         return _random(vocab, count, window, seed, "random tokens (the tokenizer does not fit)")
     ids = torch.tensor(tokens[: count * window], dtype=torch.int64).reshape(count, window)
     return Text(ids, ids[:1, :PROMPT_TOKENS], f"held-out text {text.name}", words.decode)
+
+
+def beginning(text: Text, tokens: int) -> Text:
+    """The first tokens of the first windows, all in all about as many as asked for."""
+    window = min(text.ids.shape[1], tokens)
+    count = max(1, tokens // window)
+    return replace(text, ids=text.ids[:count, :window])
 
 
 def _random(vocab: int, count: int, window: int, seed: int, kind: str) -> Text:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +35,8 @@ MAX_TOKENS = 2048
 TIMEOUT = 1800.0
 """Seconds; a model that is reloaded whole takes seconds to minutes."""
 
+_ENVIRONMENT = {"aqlm": {"NUMBA_NUM_THREADS": "1"}}
+"""By format. Threads of aqlm 1.1.7's CPU kernel add to the same sums without a lock."""
 _STDERR_LINES = 12
 
 
@@ -68,7 +71,8 @@ def check_reload(
         "parent": os.getpid(),
     }
     try:
-        blocks = truncate.blocks_to_keep(open_stored(folder))
+        stored = open_stored(folder)
+        blocks = truncate.blocks_to_keep(stored)
     except QConvertError as error:
         return Report(RELOAD, [Check("the folder can be read", False, str(error))])
     with tempfile.TemporaryDirectory(prefix="qconvert-reload-") as temporary:
@@ -80,13 +84,20 @@ def check_reload(
             except ValueError as why:
                 return Report(RELOAD, [], skipped=f"too large for this machine's memory, and {why}")
         request |= {"folder": str(folder), "source": source and str(source)}
-        report = _run(request, scratch, timeout, progress)
+        environment = _ENVIRONMENT.get(stored.container.name, {})
+        report = _run(request, environment, scratch, timeout, progress)
     if blocks is not None and not report.skipped:
         report.data["truncated"] = f"first {blocks} blocks: the whole model does not fit here"
     return report
 
 
-def _run(request: JSON, scratch: Path, timeout: float, progress: Progress | None) -> Report:
+def _run(
+    request: JSON,
+    environment: Mapping[str, str],
+    scratch: Path,
+    timeout: float,
+    progress: Progress | None,
+) -> Report:
     home = scratch / "home"
     home.mkdir()
     with (scratch / "stderr").open("w+b") as stderr:
@@ -95,7 +106,7 @@ def _run(request: JSON, scratch: Path, timeout: float, progress: Progress | None
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            env=isolation.environment(home),
+            env={**isolation.environment(home), **environment},
         )
         overdue = threading.Event()
 

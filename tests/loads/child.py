@@ -65,7 +65,7 @@ def look(
     if loader == "hqq":  # puts its layers into the plain model
         loaded = loaders.hqq(stored, plain, "cpu")
     else:
-        loaded = loaders.bitsandbytes(stored, "cpu")
+        loaded = loaders.stock(stored, computed, "cpu")
     model = loaded.model
     layers = {layer.module: layer for layer, _ in stored.layers.values()}
     weights = {
