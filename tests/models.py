@@ -35,6 +35,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "bos_token_id": 1, "eos_token_id": 2,
         },
     ),
+    "gpt-neox": ("GPTNeoXForCausalLM", _PLAIN),
+    "bloom": (
+        "BloomForCausalLM", {"vocab_size": 256, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+    ),
     "bert": ("BertModel", _PLAIN),
     "bert-mlm": ("BertForMaskedLM", _PLAIN),
     "opt": ("OPTForCausalLM", {**_PLAIN, "ffn_dim": 128, "word_embed_proj_dim": 64}),

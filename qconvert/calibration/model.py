@@ -48,12 +48,18 @@ class BlockModel:
         device: str,
         dtype: torch.dtype,
     ) -> None:
-        """Raises as `skeleton.build` does, and UnsupportedConfig where blocks share weights."""
+        """Raises as `skeleton.build` does, and UnsupportedConfig where blocks share weights or
+        there are more of them than the checkpoint holds."""
         self.blocks, self.device, self.dtype = blocks, device, dtype
         self._checkpoint, self._structure = checkpoint, structure
         self._model = skeleton.build(checkpoint.config, dtype)
         self._known = skeleton.in_memory(self._model, checkpoint.tensors)
         self._stack: nn.ModuleList = self._model.get_submodule(blocks.prefix)
+        if len(self._stack) != blocks.count:
+            raise UnsupportedConfig(
+                f"blocks of {type(self._model).__name__}",
+                expected=len(self._stack), got=blocks.count,
+            )  # fmt: skip
         for pair in self._model.all_tied_weights_keys.items():
             if any(block_of(blocks, name) is not None for name in pair):
                 raise UnsupportedConfig(f"blocks share weights: {' and '.join(pair)}")
