@@ -36,9 +36,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt-neox": ("GPTNeoXForCausalLM", _PLAIN),
-    "bloom": (
-        "BloomForCausalLM", {"vocab_size": 256, "hidden_size": 64, "n_layer": 2, "n_head": 4}
-    ),
     "bert": ("BertModel", _PLAIN),
     "bert-mlm": ("BertForMaskedLM", _PLAIN),
     "opt": ("OPTForCausalLM", {**_PLAIN, "ffn_dim": 128, "word_embed_proj_dim": 64}),

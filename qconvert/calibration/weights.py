@@ -17,7 +17,6 @@ import torch
 import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
@@ -58,7 +57,8 @@ def fill(
         weight_mapping=get_model_conversion_mapping(model),
     )
     with _quiet():
-        info, _ = convert_and_load_state_dict_in_model(model, lazy, config)
+        # no expected keys: else the whole model's size is allocated on a GPU, to warm it up
+        info, _ = model._load_pretrained_model(model, lazy, None, config, expected_keys=[])
         for module in part.modules():
             for name in module._non_persistent_buffers_set:
                 buffer = module._buffers[name]

@@ -28,7 +28,7 @@ from tests.models import MODELS, tiny
 _one_thread = pytest.fixture(autouse=True, scope="module")(tuning.one_thread)
 
 KINDS = [
-    "llama", "llama-untied", "qwen2", "mistral", "gemma2", "phi3", "opt", "gpt-neox", "bloom",
+    "llama", "llama-untied", "qwen2", "mistral", "gemma2", "phi3", "opt", "gpt-neox",
     "mixtral", "qwen3-moe", "vlm", "bert-mlm", "mamba",
 ]  # fmt: skip
 IDS = np.random.default_rng(0).integers(4, 250, (3, 24)).astype(np.int32)
@@ -149,6 +149,15 @@ def test_embeddings_narrower_than_the_blocks(tmp_path: Path) -> None:
     transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
     with opened(tmp_path) as model:
         assert model.embed(IDS).shape[-1] == model.hidden_size == 64
+        assert error(logits(model), reference(whole(tmp_path))) < 1e-5
+
+
+def test_position_biases_and_blocks_that_return_tuples(tmp_path: Path) -> None:
+    """BLOOM: its bias is [batch x heads, 1, seqlen], and it takes the first of an output."""
+    config = transformers.BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=4)
+    torch.manual_seed(0)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
+    with opened(tmp_path) as model:
         assert error(logits(model), reference(whole(tmp_path))) < 1e-5
 
 

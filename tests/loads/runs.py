@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 LAYERS = {
     "llama": 14, "llama-untied": 14, "qwen2": 14, "mistral": 14, "gemma2": 14, "phi3": 8,
-    "gpt2": 8, "bert": 12, "bert-mlm": 13, "opt": 12, "vlm": 28, "mixtral": 8, "qwen3-moe": 8,
-    "mamba": 2, "t5": 28,
+    "gpt2": 8, "bert": 12, "bert-mlm": 13, "opt": 12, "gpt-neox": 8, "vlm": 28, "mixtral": 8,
+    "qwen3-moe": 8, "mamba": 2, "t5": 28,
 }  # fmt: skip
 """How many linear layers of each tiny model are quantized."""
 
