@@ -126,7 +126,11 @@ class BlockModel:
     # ── running ──────────────────────────────────────────────────────────────────────────────
 
     def embed(self, ids: Array) -> Tensor:
-        """Inputs of block 0 for token ids [n, seqlen] (integers); no gradients."""
+        """Inputs of block 0 for token ids [n, seqlen] (integers); no gradients.
+
+        Raises UnsupportedConfig as `run` does, so that a refusal comes before the work.
+        """
+        self._calls(ids.shape[1])
 
         def visit(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise _Heard(calls.split(args, kwargs)[0])
@@ -195,10 +199,8 @@ class BlockModel:
     def _calls(self, seqlen: int) -> Calls:
         if seqlen not in self._calls_at:
             vocab = self._model.get_input_embeddings().num_embeddings
-            ids = torch.arange(seqlen, device=self.device) + torch.arange(3)[:, None].to(
-                self.device
-            )
-            one, two = ids[:1] % vocab, ids[1:] % vocab
+            ids = (torch.arange(seqlen)[None, :] + torch.arange(3)[:, None]) % vocab
+            one, two = ids.to(self.device).split([1, 2])
             self._fill_outside()
             with torch.no_grad():
                 self._calls_at[seqlen] = Calls(self._listen(one), self._listen(two))
@@ -206,18 +208,19 @@ class BlockModel:
 
     def _listen(self, ids: Tensor) -> list[Call]:
         """The call of every block; finds out which form of output the class expects of them."""
-        try:
-            return self._listen_once(ids)
-        except _FAILED as error:
-            reason = error
-        self._tuples = not self._tuples
-        try:
-            return self._listen_once(ids)
-        except _FAILED:
-            raise UnsupportedConfig(
-                f"the blocks of {type(self._model).__name__} cannot be run one by one: "
-                f"{type(reason).__name__}: {printable(reason)}"
-            ) from reason
+        reasons: list[Exception] = []
+        for tuples in (self._tuples, not self._tuples):
+            self._tuples = tuples
+            try:
+                return self._listen_once(ids)
+            except torch.OutOfMemoryError:
+                raise
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                reasons.append(error)
+        raise UnsupportedConfig(
+            f"the blocks of {type(self._model).__name__} cannot be run one by one: "
+            f"{type(reasons[0]).__name__}: {printable(reasons[0])}"
+        ) from reasons[0]
 
     def _listen_once(self, ids: Tensor) -> list[Call]:
         heard: list[Call] = []
@@ -260,10 +263,6 @@ class BlockModel:
 
 _EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 """What a config may ask of every forward pass: stubs have none of it."""
-
-
-_FAILED = (LookupError, TypeError, ValueError, AttributeError)
-"""How a class may fail that takes its blocks' outputs for what they are not."""
 
 
 class _Heard(Exception):

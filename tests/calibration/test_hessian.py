@@ -178,6 +178,17 @@ def test_half_precision_inputs_are_summed_in_float32() -> None:
     assert found.hessians["0"].tokens == 8192
 
 
+@pytest.mark.gpu
+def test_half_precision_products_are_exact_on_a_gpu() -> None:
+    """TF32 holds every bfloat16 and float16; float32 inputs are multiplied in float32."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        block = nn.Sequential(nn.Linear(64, 64)).to("cuda", dtype)
+        x = torch.randn(2, 5000, 64, generator=torch.Generator().manual_seed(4)).to("cuda", dtype)
+        found = collect(block, ("0",), call, x.split(1)).hessians["0"].matrix
+        assert found.is_cuda
+        assert (found - moments(x)).norm() < 1e-5 * moments(x).norm()
+
+
 def test_more_tokens_than_one_product_takes() -> None:
     block = nn.Sequential(nn.Linear(4, 4))
     x = torch.randn(1, 20_001, 4, generator=torch.Generator().manual_seed(3))

@@ -60,11 +60,13 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 @contextmanager
-def opened(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[BlockModel]:
+def opened(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Iterator[BlockModel]:
     checkpoint = open_folder(folder)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     structure = linears.structure(checkpoint.config, shapes)
-    with BlockModel(checkpoint, structure, find_blocks(structure), "cpu", dtype) as model:
+    with BlockModel(checkpoint, structure, find_blocks(structure), device, dtype) as model:
         yield model
 
 
@@ -125,6 +127,18 @@ def test_bfloat16_bit_for_bit(kind: str, folder: Callable[[str], Path]) -> None:
         dtypes = {p.dtype for p in model.load(0).parameters()}
     assert dtypes == {torch.bfloat16}
     assert torch.equal(got, reference(whole(folder(kind), torch.bfloat16)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "mixtral", "vlm"])
+def test_on_a_gpu(kind: str, folder: Callable[[str], Path]) -> None:
+    with opened(folder(kind), torch.bfloat16, "cuda") as model:
+        got = logits(model)
+        assert {p.device.type for p in model.load(0).parameters()} == {"cuda"}
+    plain = whole(folder(kind), torch.bfloat16).to("cuda")
+    with torch.no_grad():
+        expected = plain(input_ids=torch.as_tensor(IDS, device="cuda").long()).logits
+    assert error(got, expected) < 1e-2
 
 
 def test_a_sharded_checkpoint(tmp_path: Path) -> None:
@@ -233,6 +247,14 @@ def test_blocks_that_are_called_with_tokens(tmp_path: Path) -> None:
         logits(model)
 
 
+def test_more_tokens_than_the_model_has_positions(folder: Callable[[str], Path]) -> None:
+    with (
+        opened(folder("opt")) as model,
+        pytest.raises(UnsupportedConfig, match="one by one: IndexError"),
+    ):
+        model.embed(np.full((1, 200), 5, np.int32))
+
+
 def test_no_head(folder: Callable[[str], Path]) -> None:
     with (
         opened(folder("bert")) as model,
@@ -262,10 +284,9 @@ def test_weights_that_change_meanwhile(tmp_path: Path) -> None:
 
 def test_work_between_the_blocks(folder: Callable[[str], Path]) -> None:
     with opened(folder("llama")) as model:
-        hidden = model.embed(IDS)
         model._stack[0].register_forward_hook(lambda module, args, out: out * 2)
         with pytest.raises(UnsupportedConfig, match="not given what block 0 returned"):
-            model.run(0, model.load(0), hidden)
+            model.embed(IDS)
 
 
 def test_fewer_blocks_on_disk_than_in_the_class(folder: Callable[[str], Path]) -> None:
