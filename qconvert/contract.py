@@ -105,7 +105,7 @@ class TensorRule:
 class Band:
     """Bounds of the relative error ‖w-ŵ‖/‖w‖: of a whole tensor, and of its worst group.
 
-    A group's gain is ⟨w,ŵ⟩/⟨w,w⟩ of the group over that of the whole tensor.
+    A gain is ⟨w,ŵ⟩/⟨w,w⟩: that of the whole tensor, and that of each group over the tensor's.
     """
 
     low: float
@@ -113,6 +113,8 @@ class Band:
     group_high: float
     gain_low: float = -math.inf
     gain_high: float = math.inf
+    whole_gain_low: float = -math.inf
+    whole_gain_high: float = math.inf
 
 
 _BAND_KEYS = {field.name for field in fields(Band)}

@@ -60,14 +60,18 @@ class Errors:
         return math.inf if self.noise else 0.0
 
     @property
-    def gains(self) -> tuple[float, float]:
+    def gain(self) -> float:
+        """Σ w·ŵ / Σ w² of the whole tensor; 1 where it is all zeros."""
+        return self.cross / self.signal if self.signal else 1.0
+
+    @property
+    def group_gains(self) -> tuple[float, float]:
         """The least and the largest gain of a group, over that of the whole tensor."""
         if self.least_gain > self.largest_gain:  # nothing but zeros
             return 1.0, 1.0
-        whole = self.cross / self.signal
-        if whole <= 0:
+        if self.gain <= 0:
             return -math.inf, math.inf
-        return self.least_gain / whole, self.largest_gain / whole
+        return self.least_gain / self.gain, self.largest_gain / self.gain
 
 
 def compare(weights: Array, decoded: Array) -> Errors:

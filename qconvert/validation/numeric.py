@@ -234,7 +234,7 @@ def _groups(block: Array, reader: LayerReader) -> Array:
 
 def _judge(stored: Stored, layers: Mapping[str, Errors]) -> list[Check]:
     broken, outside, groups, gains, peaks, lost = [], [], [], [], [], []
-    gains_count = False
+    knows_gains = False
     data = contract.load(stored.container.name)
     for name, errors in sorted(layers.items(), key=lambda item: -item[1].relative):
         layer, method = stored.layers[name]
@@ -253,9 +253,14 @@ def _judge(stored: Stored, layers: Mapping[str, Errors]) -> list[Check]:
                 f"got {errors.worst_group:.4g}"
             )
         if band.gain_high < math.inf and not errors.non_finite:
-            gains_count = True
-            low, high = errors.gains
-            if not band.gain_low <= low <= high <= band.gain_high:
+            knows_gains = True
+            low, high = errors.group_gains
+            if not band.whole_gain_low <= errors.gain <= band.whole_gain_high:
+                gains.append(
+                    f"{where}: expected a gain from {band.whole_gain_low:g} to "
+                    f"{band.whole_gain_high:g}, got {errors.gain:.4g}"
+                )
+            elif not band.gain_low <= low <= high <= band.gain_high:
                 gains.append(
                     f"{where}: expected the gain of every group from {band.gain_low:g} to "
                     f"{band.gain_high:g} of the layer's, got {low:.4g} to {high:.4g}"
@@ -272,7 +277,7 @@ def _judge(stored: Stored, layers: Mapping[str, Errors]) -> list[Check]:
         _check("every weight is finite", broken),
         _check("every tensor's error is as expected", outside),
         _check("every group's error is as expected", groups),
-        *([_check("every group's gain is as expected", gains)] if gains_count else []),
+        *([_check("every group's gain is as expected", gains)] if knows_gains else []),
         _check("every group's largest magnitude is as expected", peaks),
         _check("no group is lost", lost),
     ]
