@@ -86,7 +86,7 @@ def open_source(given: str | None, model: Path, default: public.PublicFile = pub
         read = partial(_public, default)
         return Source("public", default.name, read, default.revision, endless=True)
     path = Path(os.path.expanduser(given))
-    if os.path.lexists(path):
+    if given and os.path.lexists(path):
         return _folder(path) if path.is_dir() else _file(path)
     if not given or _looks_local(given):
         raise NotFound(f"no such file or folder: {printable(given)}", hint=did_you_mean(path))
@@ -96,11 +96,13 @@ def open_source(given: str | None, model: Path, default: public.PublicFile = pub
 def did_you_mean(path: Path) -> str:
     """A hint that names files and folders spelled like `path`, or nothing."""
     try:
-        names = [entry.name for entry in path.parent.iterdir()]
+        names = {entry.name.lower(): entry.name for entry in path.parent.iterdir()}
     except (OSError, ValueError):
         return ""
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
-    return f"--calibration {shlex.quote(printable(path.parent / close[0]))}" if close else ""
+    close = difflib.get_close_matches(path.name.lower(), names, n=1, cutoff=0.7)
+    if not close:
+        return ""
+    return f"--calibration {shlex.quote(printable(path.parent / names[close[0]]))}"
 
 
 def suffix(name: str) -> str:
@@ -221,8 +223,8 @@ def _of_text(lines: Iterator[str], size: int) -> Iterator[Passage]:
         empty = 0 if line.strip() else empty + 1
         ends = marker or (empty > 1 and not marked)
         if ends or length + len(line) > size:
-            if text := "".join(held).strip("\r\n"):
-                yield Passage(text, opens)
+            if held:
+                yield Passage(_trimmed("".join(held)), opens)
                 opens = False
             held, length = [], 0
         if ends:
@@ -230,8 +232,8 @@ def _of_text(lines: Iterator[str], size: int) -> Iterator[Passage]:
         elif line.strip() or held:
             held.append(line)
             length += len(line)
-    if text := "".join(held).strip("\r\n"):
-        yield Passage(text, opens)
+    if held:
+        yield Passage(_trimmed("".join(held)), opens)
 
 
 def _of_json_lines(stream: Any, name: str, size: int) -> Iterator[Passage]:
@@ -270,9 +272,13 @@ def _cut(text: str, size: int) -> Iterator[Passage]:
                 text.rfind(" ", start + size // 2, end), text.rfind("\n", start + size // 2, end)
             )
             end = space + 1 if space > 0 else end
-        if passage := text[start:end].strip("\r\n"):
+        if passage := _trimmed(text[start:end]):
             yield Passage(passage, start == 0)
         start = end
+
+
+def _trimmed(text: str) -> str:
+    return text.rstrip().lstrip("\r\n")
 
 
 # ── the library datasets ─────────────────────────────────────────────────────────────────────
