@@ -10,46 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from qconvert.errors import DeviceMissing, OutOfMemory
+from qconvert.errors import OutOfMemory
 from qconvert.origins import Quantize
 from qconvert.types import TORCH_NAMES, Array, Method, Parts
 
 
-def choose(name: str) -> Quantize | None:
-    """What `--device` means: None for the CPU kernels, else a device's quantizer.
-
-    "auto" takes a CUDA device where the driver shows one. Raises DeviceMissing.
-    """
-    if name == "cpu" or (name == "auto" and not _driver_present()):
-        return None
-    import torch
-
-    if name == "auto":
-        return Accelerator("cuda") if torch.cuda.is_available() else None
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DeviceMissing(
-            f"unknown device {name!r}: expected auto, cpu, cuda or cuda:0", hint="--device auto"
-        ) from error
-    if device.type != "cuda" or not torch.cuda.is_available():
-        raise DeviceMissing(f"device {name!r} is not in this machine", hint="--device cpu")
-    if (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceMissing(
-            f"device {name!r} is not in this machine",
-            hint=f"--device cuda:{torch.cuda.device_count() - 1}",
-        )
-    return Accelerator(name)
-
-
-def _driver_present() -> bool:
-    """Whether it is worth importing torch to look for a CUDA device."""
-    return Path("/proc/driver/nvidia").exists() or Path("/dev/nvidiactl").exists()
+def choose(devices: Sequence[str]) -> Quantize | None:
+    """Where tiles are quantized: None for the CPU kernels, else the main device's quantizer."""
+    return None if devices[0] == "cpu" else Accelerator(devices[0])
 
 
 class Accelerator:

@@ -23,6 +23,7 @@ from qconvert.types import JSON, TORCH_NAMES, Checkpoint
 
 NAME = "README.md"
 _MAX_FRONT_MATTER = 65_536
+_WORST = 5
 _MAX_CARD = 10_000_000
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _HEAD = re.compile(rb"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
@@ -34,6 +35,7 @@ def render(manifest: JSON, checkpoint: Checkpoint) -> bytes:
         _title(manifest),
         _memory(manifest),
         _quality(manifest),
+        *_calibration(manifest),
         _usage(manifest),
         _kept(manifest),
         _provenance(manifest),
@@ -119,6 +121,30 @@ def _quality(manifest: JSON) -> str:
         for who, text in report["data"].get("samples", {}).items():
             samples += f"\n\n{printable(who)}:\n\n{_quoted(text)}"
     return "## Validation\n\n" + "\n".join(lines) + samples
+
+
+def _calibration(manifest: JSON) -> list[str]:
+    """On what it was calibrated, and the layers that came out worst; nothing for other methods."""
+    found = manifest.get("calibration")
+    if not found:
+        return []
+    text, figures = found["text"], found["figures"]
+    layers = [layer for block in figures["blocks"] for layer in block["layers"]]
+    worst = sorted(layers, key=lambda layer: -layer["error"])[:_WORST]
+    rows = "\n".join(f"| {_code(layer['name'])} | {layer['error']:.3g} |" for layer in worst)
+    revision = f" at {printable(text['revision'])}" if text["revision"] else ""
+    passes = found["epochs"]
+    tuning = f"{passes} passes" if passes else "none"
+    if figures["end_to_end"]:
+        tuning += ", then end to end against the full-precision model's distribution"
+    return [
+        f"## Calibration\n\nScheme {figures['scheme']}, {found['nsamples']} samples of "
+        f"{found['seqlen']} tokens from {_code(text['name'])}{revision} (token ids: sha256 "
+        f"`{text['sha256']}`), seed {found['seed']}, quality {found['quality']}; fine-tuning of "
+        f"blocks: {tuning}.\n\nRelative error of a layer's output on that text, before its block "
+        f"was fine-tuned: {figures['mean_relative_error']:.3g} in the mean of {len(layers)} "
+        f"layers; the worst ([all](qconvert-errors.svg)):\n\n| layer | error |\n|---|---|\n{rows}"
+    ]
 
 
 def _usage(manifest: JSON) -> str:

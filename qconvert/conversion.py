@@ -1,5 +1,6 @@
 """The straight line: resolve → read headers → plan → pour → validate → card + manifest → commit.
 
+A calibrated method reads its text once the plan is made, and solves before anything is poured.
 Each arrow carries a value. Nothing outside the staging folder changes before the commit, and the
 commit is one rename.
 """
@@ -11,20 +12,27 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qconvert import card, manifest, registry, staging
+from qconvert import card, devices, manifest, registry, staging
+from qconvert.calibration import plot, prepare
 from qconvert.calibration.options import CalibrationOptions
+from qconvert.calibration.report import Figures, OnEvent
 from qconvert.errors import DiskFull, NonFinite, UsageError
 from qconvert.layout import DEFAULT_SHARD_BYTES
-from qconvert.origins import Quantize
 from qconvert.planning import Override, announced_dtype, make_plan
 from qconvert.pour import Progress, pour
+from qconvert.solution import Solution
 from qconvert.source import open_checkpoint
 from qconvert.staging import Staging
 from qconvert.types import JSON, Plan, Report, Verdict
+
+if TYPE_CHECKING:
+    from qconvert.calibration.prepare import Prepared
+    from qconvert.calibration.solve import Calibrated
+    from qconvert.origins import Quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,8 @@ class Result:
     resumed_bytes: int
     seconds: Mapping[str, float]
     """Wall time of each stage."""
+    figures: Figures | None = None
+    """What a calibrated method found out about its layers."""
 
 
 def plan(request: Request) -> Plan:
@@ -80,6 +90,9 @@ def plan(request: Request) -> Plan:
         )
     checkpoint = open_checkpoint(request.model, revision=request.revision)
     maths, container = method.build(announced_dtype(checkpoint), request.options)
+    reading, tune = None, False
+    if method.calibrated:
+        reading, tune = prepare.describe(checkpoint, _calibration(request))
     return make_plan(
         checkpoint,
         maths,
@@ -88,6 +101,8 @@ def plan(request: Request) -> Plan:
         overrides=overrides,
         max_shard_bytes=request.max_shard_bytes,
         threads=worker_count(request.threads),
+        calibration=reading,
+        tune=tune,
     )
 
 
@@ -96,17 +111,21 @@ def convert(
     *,
     progress: Progress | None = None,
     on_plan: Callable[[Plan], None] | None = None,
+    on_event: OnEvent | None = None,
 ) -> Result:
     """Converts a checkpoint, proves the result and puts it at `request.output`, or raises.
 
     Raises UsageError, SourceError, OutputError, ResourceError, ValidationError (see errors.py).
     The destination is absent or complete at every moment; after an interruption the same request
-    continues where it was cut and ends with the same bytes.
+    continues where it was cut and ends with the same bytes. `on_event` hears of calibration.
     """
     clock = _Clock()
     planned = plan(request)
     destination = output_folder(request, planned)
-    quantize = _device(request.device)
+    found, threads = devices.find(request.device), worker_count(request.threads)
+    prepared = None
+    if planned.calibration:
+        planned, prepared = prepare.read(planned, _calibration(request), found, threads)
     clock.lap("plan")
 
     staged = Staging(destination, planned.fingerprint)
@@ -118,13 +137,16 @@ def convert(
     check_space(planned, staged)
     with staged.open(restart=request.restart):
         try:
-            poured = pour(
-                planned,
-                staged,
-                threads=worker_count(request.threads),
-                quantize=quantize,
-                progress=progress,
-            )
+            solved = _solve(planned, prepared, staged, found, threads, on_event, clock)
+            with Solution(solved.files if solved else ()) as solution:
+                poured = pour(
+                    planned,
+                    staged,
+                    threads=threads,
+                    quantize=_quantizer(found),
+                    solution=solution,
+                    progress=progress,
+                )
         except NonFinite:
             staged.discard()  # the same plan can never succeed, and --skip makes another
             raise
@@ -134,9 +156,17 @@ def convert(
         verdict, reports = _prove(request, planned, staged.tree, progress)
         clock.lap("validate")
 
-        _seal(request, planned, staged.tree, poured.sha256, verdict, reports, clock)
+        _seal(request, planned, staged.tree, poured.sha256, verdict, reports, solved, clock)
         staged.commit(overwrite=request.overwrite)
-    return Result(destination, planned, verdict, reports, poured.resumed_bytes, clock.laps)
+    return Result(
+        destination,
+        planned,
+        verdict,
+        reports,
+        poured.resumed_bytes,
+        clock.laps,
+        solved.figures if solved else None,
+    )
 
 
 def output_folder(request: Request, planned: Plan) -> Path:
@@ -172,6 +202,44 @@ def write_side_files(planned: Plan, tree: Path) -> None:
             staging.write_file(tree / name, (planned.checkpoint.root / name).read_bytes())
 
 
+def _calibration(request: Request) -> CalibrationOptions:
+    """The options of calibration; the method's own `quality` holds for it too."""
+    options = request.calibration or CalibrationOptions()
+    quality = request.options.get("quality")
+    return options if quality is None else replace(options, quality=quality)
+
+
+def _solve(
+    planned: Plan,
+    prepared: Prepared | None,
+    staged: Staging,
+    found: Sequence[str],
+    threads: int,
+    on_event: OnEvent | None,
+    clock: _Clock,
+) -> Calibrated | None:
+    """Solves every layer of a calibrated method; None for a method that reads no data."""
+    if prepared is None:
+        return None
+    from qconvert.calibration.estimate import estimate
+    from qconvert.calibration.solve import solve
+
+    seconds = estimate(planned, found, threads).total if on_event else 0.0
+    try:
+        return solve(
+            planned,
+            prepared.ids,
+            prepared.settings,
+            staged,
+            devices=found,
+            threads=threads,
+            estimate=seconds,
+            on_event=on_event or (lambda event: None),
+        )
+    finally:
+        clock.lap("calibrate")
+
+
 def _prove(
     request: Request, planned: Plan, tree: Path, progress: Progress | None
 ) -> tuple[Verdict | None, tuple[Report, ...]]:
@@ -191,21 +259,32 @@ def _seal(
     shards: Mapping[str, str],
     verdict: Verdict | None,
     reports: tuple[Report, ...],
+    solved: Calibrated | None,
     clock: _Clock,
 ) -> None:
-    """Writes card, manifest and run log: the last files before the commit."""
+    """Writes plot, card, manifest and run log: the last files before the commit."""
     document = manifest.make_manifest(
         planned,
         verb=request.method,
         options=_result_options(request),
         verdict=verdict,
         reports=reports,
+        figures=solved.figures.as_json() if solved else None,
+    )
+    pictures = (
+        plot.pictures(solved.figures, f"{planned.checkpoint.name}, AQLM {planned.method.scheme}")
+        if solved
+        else {}
     )
     with staging.output_errors(tree):
+        for name, data in pictures.items():
+            staging.write_file(tree / name, data)
         staging.write_file(tree / card.NAME, card.render(document, planned.checkpoint))
-        small = [*planned.generated, *planned.copied, card.NAME]
+        small = [*planned.generated, *planned.copied, *pictures, card.NAME]
         document["files"] = {**shards, **manifest.hash_files(tree, small)}
         run = {"seconds": clock.laps, "source": str(planned.checkpoint.root)}
+        if solved:
+            run["calibration_seconds"] = solved.seconds
         staging.write_file(tree / manifest.RUN_LOG_NAME, manifest.dump(run))
         staging.write_file(tree / staging.MANIFEST_NAME, manifest.dump(document))
 
@@ -252,11 +331,11 @@ def _override(text: str) -> Override:
     return Override(_regex(pattern, "--override", hint=example), options)
 
 
-def _device(name: str) -> Quantize | None:
+def _quantizer(found: Sequence[str]) -> Quantize | None:
     """Where blocks are quantized: None is the CPU's own kernels."""
     from qconvert import accelerator
 
-    return accelerator.choose(name)
+    return accelerator.choose(found)
 
 
 class _Clock:

@@ -35,10 +35,16 @@ def make_manifest(
     options: JSON,
     verdict: Verdict | None,
     reports: Sequence[Report],
+    figures: JSON | None = None,
 ) -> JSON:
-    """The manifest as a JSON value; "files" is filled in when all others are written."""
+    """The manifest as a JSON value; "files" is filled in when all others are written.
+
+    `figures`: what calibration found out, for a calibrated method (see `calibration.report`).
+    """
     checkpoint = plan.checkpoint
+    calibration = {"calibration": {**plan.calibration, "figures": figures}} if figures else {}
     return {
+        **calibration,
         "schema": _SCHEMA,
         "fingerprint": plan.fingerprint,
         "source": {

@@ -149,7 +149,7 @@ class _Pouring:
             for target in self.open_shards:
                 os.close(target.fd)
         if self.failed:
-            raise self._non_finite()
+            raise unquantizable([(job.entry, job.non_finite) for job in self.failed])
         return self.poured
 
     def _worker(self, work: Iterator[tuple[_Job, Tile]]) -> None:
@@ -325,15 +325,17 @@ class _Pouring:
         self.done += entry.tensor.nbytes
         self.poured.resumed_bytes += entry.tensor.nbytes
 
-    def _non_finite(self) -> NonFinite:
-        names = [job.entry.tensor.name for job in self.failed]
-        pattern = "|".join(re.escape(name.removesuffix(".weight")) for name in names)
-        if len(names) == 1:
-            what = f"{self.failed[0].non_finite} in {self.failed[0].entry.tensor.file}"
-            what += f", tensor {names[0]}"
-        else:
-            what = f"NaN or Inf in {len(names)} tensors: {', '.join(names)}"
-        return NonFinite(what, hint=f"keep them in full precision with --skip '^({pattern})$'")
+
+def unquantizable(found: Sequence[tuple[PlanEntry, object]]) -> NonFinite:
+    """The error that names these tensors, each with what was found in it."""
+    names = [entry.tensor.name for entry, _ in found]
+    pattern = "|".join(re.escape(name.removesuffix(".weight")) for name in names)
+    if len(found) == 1:
+        entry, reason = found[0]
+        what = f"{reason} in {entry.tensor.file}, tensor {names[0]}"
+    else:
+        what = f"NaN or Inf in {len(names)} tensors: {', '.join(names)}"
+    return NonFinite(what, hint=f"keep them in full precision with --skip '^({pattern})$'")
 
 
 def _await(futures: Iterable[Future[None]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qconvert import errors
+from qconvert import devices, errors
 from qconvert.accelerator import Accelerator, choose
 from qconvert.conversion import Request, convert
 from qconvert.methods.bnb_4bit import BnB4bit
@@ -81,12 +81,13 @@ def test_a_device_that_is_too_small_for_half_a_tile(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "nonsense"])
 def test_devices_that_are_not_there(name: str) -> None:
     with pytest.raises(errors.DeviceMissing) as caught:
-        choose(name)
+        devices.find(name)
     assert "--device" in caught.value.hint
 
 
 def test_the_cpu_needs_no_torch() -> None:
-    assert choose("cpu") is None
+    assert devices.find("cpu") == ("cpu",)
+    assert choose(("cpu",)) is None
 
 
 @pytest.mark.gpu

@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from html import escape
+from io import BytesIO
 from math import ceil, floor, log10
 
 from qconvert.calibration.report import Figures
 from qconvert.errors import printable
 
 NAME = "qconvert-errors.svg"
+PNG_NAME = "qconvert-errors.png"
 
 _COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#555555",
@@ -28,6 +30,7 @@ _MARKS = (
 _WIDTH, _HEIGHT = 860, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 220, 48, 52
 _INSET = 14
+_X_LABEL, _Y_LABEL = "decoder block", "relative error of the layer's output"
 _SMALLEST = 1e-12
 _MOST_TICKS = 16
 
@@ -46,6 +49,13 @@ def series(figures: Figures) -> Series:
     return found
 
 
+def pictures(figures: Figures, title: str) -> dict[str, bytes]:
+    """File name → contents: the SVG, and a PNG where matplotlib is installed."""
+    found = {NAME: svg(figures, title)}
+    drawn = png(figures, title)
+    return found if drawn is None else {**found, PNG_NAME: drawn}
+
+
 def svg(figures: Figures, title: str) -> bytes:
     """The picture as UTF-8; `title` is foreign text and is escaped."""
     kinds = series(figures)
@@ -62,6 +72,29 @@ def svg(figures: Figures, title: str) -> bytes:
         _text(_LEFT, 26, title, size=15),
     )
     return "\n".join((*head, *body, "</svg>\n")).encode()
+
+
+def png(figures: Figures, title: str) -> bytes | None:
+    """The same picture drawn by matplotlib, or None where that is not installed."""
+    try:
+        from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return None
+    drawing = Figure(figsize=(_WIDTH / 100, _HEIGHT / 100), layout="constrained")
+    axes = drawing.subplots()
+    for number, (kind, values) in enumerate(series(figures).items()):
+        blocks, errors = zip(*values, strict=True)
+        mark = "osD"[number // len(_COLOURS) % len(_MARKS)]
+        axes.plot(blocks, errors, mark + "-", color=_colour(number), label=printable(kind), lw=0.6)
+    axes.set(
+        title=printable(title).replace("$", r"\$"), yscale="log", xlabel=_X_LABEL, ylabel=_Y_LABEL
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(which="both", alpha=0.3)
+    drawing.legend(loc="outside right upper", frameon=False)
+    buffer = BytesIO()
+    drawing.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 class _Axes:
@@ -97,11 +130,11 @@ class _Axes:
             yield f'<path d="M{x:.1f} {bottom}v5" stroke="#222"/>'
             yield _text(x, bottom + 20, str(block), anchor="middle")
         yield f'<path d="M{left} {_TOP}V{bottom}H{right}" stroke="#222" fill="none"/>'
-        yield _text((left + right) / 2, bottom + 42, "decoder block", anchor="middle")
+        yield _text((left + right) / 2, bottom + 42, _X_LABEL, anchor="middle")
         middle = (_TOP + bottom) / 2
         yield (
             f'<text x="20" y="{middle:.1f}" text-anchor="middle" '
-            f'transform="rotate(-90 20 {middle:.1f})">relative error of the layer\'s output</text>'
+            f'transform="rotate(-90 20 {middle:.1f})">{escape(_Y_LABEL)}</text>'
         )
 
 

@@ -9,7 +9,7 @@ run log.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from qconvert.types import JSON
@@ -66,11 +66,12 @@ class Step:
     done: int
     total: int
     what: str
+    """ "block 3 of 32: fine-tuning, step 12 of 128, loss 0.0031"."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """A layer is done, or was by an earlier run (then it took no time)."""
+    """A layer is done."""
 
     block: int
     figures: LayerFigures
@@ -148,8 +149,3 @@ def figures_from(data: JSON) -> Figures:
     """The reverse of `Figures.as_json`."""
     blocks = tuple(block_from(block) for block in data["blocks"])
     return Figures(data["scheme"], blocks, tuning_from(data["end_to_end"]))
-
-
-def eta(seconds: Sequence[float], remaining: int, estimate: float) -> float:
-    """Time left for `remaining` blocks: the mean of those timed, else the estimate."""
-    return sum(seconds) / len(seconds) * remaining if seconds else estimate
