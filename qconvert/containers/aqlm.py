@@ -164,8 +164,8 @@ def _pack_codes(name: str, codes: Array, method: AQLM) -> Array:
 def _pack_floats(name: str, values: Array, method: AQLM) -> Array:
     with np.errstate(over="ignore"):  # float16 ends at 65,504: seen below
         bits = from_float32(values, method.compute_dtype)
-    bad = int(values.size - np.count_nonzero(np.isfinite(to_float32(bits, method.compute_dtype))))
-    if bad or not np.isfinite(values).all():
+    finite = np.isfinite(values) & np.isfinite(to_float32(bits, method.compute_dtype))
+    if bad := int(values.size - np.count_nonzero(finite)):
         raise NonFinite(f"{name}: {bad} values are not finite in {method.compute_dtype}")
     return bits
 
