@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from qconvert.arrays import storage_dtype
 from qconvert.digest import sha256
 from qconvert.lazy import np
 from qconvert.staging import publish
@@ -79,7 +80,7 @@ def save(path: Path, specs: Sequence[TensorSpec], tensors: Mapping[str, Array]) 
         write_exactly(fd, memoryview(header), 0)
         for spec in specs:
             array = np.ascontiguousarray(tensors[spec.name])
-            if array.nbytes != spec.nbytes or array.shape != spec.shape:
+            if array.dtype != storage_dtype(spec.dtype) or array.shape != spec.shape:
                 raise ValueError(f"{spec} was planned, not {array.dtype} {array.shape}")
             write_exactly(fd, array.reshape(-1).view(np.uint8).data, offsets[spec.name])
         digest = sha256(fd)

@@ -66,7 +66,7 @@ class Step:
     done: int
     total: int
     what: str
-    """ "block 3 of 32: fine-tuning, step 12 of 128, loss 0.0031"."""
+    """ "block 4 of 32: fine-tuning, step 12 of 128, loss 0.0031"."""
 
 
 @dataclass(frozen=True, slots=True)

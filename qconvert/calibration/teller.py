@@ -53,7 +53,7 @@ class Teller:
 
     def block(self, index: int) -> None:
         """A block begins."""
-        self._index, self._stage = index, f"block {index} of {len(self._layers)}"
+        self._index, self._stage = index, f"block {index + 1} of {len(self._layers)}"
         self._began = time.monotonic()
         self._done = sum(self._layers[:index]) + _AROUND * index
         self._step("inputs")
