@@ -1,4 +1,4 @@
-"""Codes for a whole layer in one pass, each group answering for the errors of those before it.
+"""Codes in one pass over groups, each answering for the errors of those before it.
 
 With H = U Uᵀ, U upper triangular, the loss of a row falls apart into the groups in order:
 
@@ -12,8 +12,6 @@ MIMO receiver).
 
 Feedback is applied lazily: within a run of `_RUN` columns to the next group only, and at its end
 to all later columns in one matrix product.
-
-Memory: two float32 arrays [rows, beam, in]; rows are independent, and worked on in parts.
 """
 
 from __future__ import annotations
@@ -26,58 +24,64 @@ from qconvert.methods.aqlm.state import Layer
 
 _RUN = 128
 _ELEMENTS = 1 << 26
-"""Feedback held at once."""
+"""Feedback held at once, in float32: rows are independent, and worked on in parts."""
 
 
 def codes_by_feedback(layer: Layer, codebooks: Tensor, scales: Tensor, beam: int) -> Tensor:
-    """Codes int64 [out, n, M] for given codebooks [M, K, g] and scales [out]."""
+    """Codes int64 [out, n, M] for given codebooks [M, K, g] and scales [out].
+
+    Memory: two float32 arrays [rows, beam, in], rows limited so that they take 0.5 GB.
+    """
     rows = max(1, _ELEMENTS // (beam * layer.weight.shape[1]))
     parts = zip(layer.weight.split(rows), scales.split(rows), strict=True)
-    return torch.cat([_pass(layer, w, codebooks, s, beam) for w, s in parts])
+    found = [k_best(w, layer.factor, codebooks, s, beam)[0] for w, s in parts]
+    return torch.cat(found)
 
 
-def _pass(layer: Layer, weight: Tensor, codebooks: Tensor, scales: Tensor, beam: int) -> Tensor:
-    rows, width = weight.shape
-    g, books = layer.group, len(codebooks)
-    upper = layer.factor
-    cost = weight.new_zeros(rows, 1)
-    feedback = weight.new_zeros(rows, 1, width)
-    codes = torch.zeros((rows, 1, layer.groups, books), dtype=torch.int64, device=weight.device)
+def k_best(
+    target: Tensor, upper: Tensor, codebooks: Tensor, scales: Tensor, beam: int
+) -> tuple[Tensor, Tensor]:
+    """Codes for rows of `target`, greedily but for `beam` hypotheses, and their losses.
+
+    target [rows, columns]; upper [columns, columns], H = U Uᵀ; codebooks [M, K, g]; scales
+    [rows] → codes int64 [rows, columns / g, M] and (t − ŵ) H (t − ŵ)ᵀ [rows].
+    """
+    rows, width = target.shape
+    books, _, g = codebooks.shape
+    groups, wide = width // g, scales[:, None, None]
+    loss = target.new_zeros(rows, 1)
+    feedback = target.new_zeros(rows, 1, width)
+    codes = torch.zeros((rows, 1, groups, books), dtype=torch.int64, device=target.device)
     step = max(1, _RUN // g)
-    for first in range(0, layer.groups, step):
-        run = slice(first * g, min(first + step, layer.groups) * g)
-        count = (run.stop - run.start) // g
+    for first in range(0, groups, step):
+        run = slice(first * g, min(first + step, groups) * g)
         ahead = feedback[:, :, run]
-        error = ahead[..., :0]
-        found = codes[:, :, :0]
-        origin = torch.arange(cost.shape[1], device=weight.device).expand(rows, -1)
-        for j in range(first, first + count):
-            columns = layer.group_columns(j)
-            here = slice(columns.start - run.start, columns.stop - run.start)
+        error, found = ahead[..., :0], codes[:, :, :0]
+        origin = torch.arange(loss.shape[1], device=target.device).expand(rows, -1)
+        for start in range(run.start, run.stop, g):
+            columns = slice(start, start + g)
+            here = slice(start - run.start, start - run.start + g)
             square = upper[columns, columns]
-            target = ahead[:, :, here] + (weight[:, columns] @ square)[:, None]
+            wanted = ahead[:, :, here] + (target[:, columns] @ square)[:, None]
             if here.start:
-                target = target + error @ upper[run.start : columns.start, columns]
-            near, extra = search(
-                (target / scales[:, None, None]).flatten(0, 1), codebooks @ square, beam
-            )
-            total = (
-                cost[..., None]
-                + extra.reshape(rows, cost.shape[1], -1) * scales.square()[:, None, None]
-            )
-            total = total.flatten(1)
-            cost, best = total.topk(min(beam, total.shape[1]), dim=1, largest=False)
-            parent = best // extra.shape[1]
+                wanted = wanted + error @ upper[run.start : start, columns]
+            near, extra = search((wanted / wide).flatten(0, 1), codebooks @ square, beam)
+            extra = extra.reshape(rows, loss.shape[1], -1) * wide.square()
+            total = (loss[..., None] + extra).flatten(1)
+            loss, best = total.topk(min(beam, total.shape[1]), dim=1, largest=False)
+            parent = best // extra.shape[2]
             chosen = _pick(near.reshape(rows, -1, books), best)
             vector = sum(codebooks[m][chosen[..., m]] for m in range(books))
-            fresh = weight[:, None, columns] - scales[:, None, None] * vector
+            fresh = target[:, None, columns] - wide * vector
             error = torch.cat([_pick(error, parent), fresh], -1)
             found = torch.cat([_pick(found, parent), chosen[:, :, None]], 2)
             ahead, origin = _pick(ahead, parent), origin.gather(1, parent)
-        codes, feedback = _pick(codes, origin), _pick(feedback, origin)
-        codes[:, :, first : first + count] = found
-        feedback[:, :, run.stop :] += error @ upper[run, run.stop :]
-    return codes[:, 0]
+        codes = _pick(codes, origin)
+        codes[:, :, first : first + step] = found
+        if run.stop < width:
+            feedback = _pick(feedback, origin)
+            feedback[:, :, run.stop :] += error @ upper[run, run.stop :]
+    return codes[:, 0], loss[:, 0]
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
     codes ← one pass with error feedback, K-best                feedback.py
     a few times:
         codebooks, scales ← least squares                       codebooks.py
-        codes ← coordinate descent                              descent.py
+        codes ← K-best again, a window of groups at a time      windows.py
 
 The reference takes nearest codes from k-means, a hundred iterations of it, and alternates Adam with
 single-codebook coordinate descent; error feedback and the joint search of two books start
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from qconvert.methods.aqlm.codebooks import fit_codebooks, fit_scales, initial
-from qconvert.methods.aqlm.descent import descend
 from qconvert.methods.aqlm.feedback import codes_by_feedback
 from qconvert.methods.aqlm.state import Layer, Solution, prepare
+from qconvert.methods.aqlm.windows import refine
 
 OnStep = Callable[[str, float], None]
 
@@ -37,9 +37,10 @@ class Effort:
     beam: int
     """Hypotheses of a row in the feedback pass."""
     rounds: int
-    """At most so many times least squares and descent."""
-    passes: int
-    """Of descent in a round."""
+    """At most so many times least squares and refinement."""
+    window: int
+    """Groups that are refined together."""
+    window_beam: int
     k_means: int
     points: int
     """Groups a centroid that k-means looks at."""
@@ -48,9 +49,9 @@ class Effort:
 
 
 EFFORTS = {
-    "fast": Effort(beam=1, rounds=3, passes=1, k_means=4, points=32, gain=0.02),
-    "default": Effort(beam=4, rounds=6, passes=2, k_means=6, points=48, gain=0.01),
-    "best": Effort(beam=8, rounds=12, passes=3, k_means=8, points=64, gain=0.004),
+    "fast": Effort(beam=1, rounds=3, window=4, window_beam=1, k_means=4, points=32, gain=0.02),
+    "default": Effort(beam=4, rounds=5, window=4, window_beam=2, k_means=6, points=48, gain=0.01),
+    "best": Effort(beam=8, rounds=8, window=8, window_beam=4, k_means=8, points=64, gain=0.003),
 }
 DAMPING = 0.03
 LS_STEPS = 8
@@ -124,6 +125,7 @@ class _Alternation:
         self.on_step = on_step
         self.power = float(layer.losses(torch.zeros_like(layer.weight)).double().sum()) or 1.0
         self.loss = math.inf
+        self.generator = torch.Generator().manual_seed(config.seed)
         self.best: Solution = self._start()
 
     def run(self) -> Solution:
@@ -131,7 +133,7 @@ class _Alternation:
         for _ in range(self.effort.rounds):
             before = self.loss
             self._fit(LS_STEPS)
-            self._descend()
+            self._refine()
             if self.loss > (1 - self.effort.gain) * before:
                 break
         self._fit(LS_STEPS)
@@ -158,9 +160,10 @@ class _Alternation:
         self._offer("codebooks", replace(self.best, codebooks=books))
         self._offer("scales", replace(self.best, scales=fit_scales(self.layer, self.best)))
 
-    def _descend(self) -> None:
-        for _ in range(self.effort.passes):
-            self._offer("codes", replace(self.best, codes=descend(self.layer, self.best)))
+    def _refine(self) -> None:
+        window, beam = self.effort.window, self.effort.window_beam
+        codes = refine(self.layer, self.best, window, beam, self.generator)
+        self._offer("codes", replace(self.best, codes=codes))
 
     def _stored(self) -> Solution:
         """The best solution in the dtype on disk, its codes chosen for the rounded values."""
@@ -173,7 +176,7 @@ class _Alternation:
         )
         self.loss = math.inf
         self._offer("rounding", self.best)
-        self._offer("codes", replace(self.best, codes=descend(self.layer, self.best)))
+        self._refine()
         return self.best
 
     def _offer(self, stage: str, candidate: Solution) -> None:

@@ -49,11 +49,10 @@ class Backend(Protocol):
         ...
 
 
-def search(targets: Tensor, books: Tensor, width: int, start: Tensor | None = None) -> Found:
+def search(targets: Tensor, books: Tensor, width: int) -> Found:
     """The `width` best sums found for each target: codes int64 [N, width, M], costs [N, width].
 
-    targets: float32 [N, g]; books: float32 [M, K, g]; `start`: codes [N, M] to improve on, with
-    M > 2. Costs are squared distances. With M ≤ 2 nothing depends on `start`.
+    targets: float32 [N, g]; books: float32 [M, K, g]. Costs are squared distances.
     """
     backend = backend_for(targets)
     count, size, _ = books.shape
@@ -63,24 +62,19 @@ def search(targets: Tensor, books: Tensor, width: int, start: Tensor | None = No
         return codes[..., None], costs
     if count == 2:
         return backend.pair(targets, books[0], books[1], width)
-    return _sweep(backend, targets, books, width, start)
+    return _sweep(backend, targets, books, width)
 
 
-def _sweep(
-    backend: Backend, targets: Tensor, books: Tensor, width: int, start: Tensor | None
-) -> Found:
+def _sweep(backend: Backend, targets: Tensor, books: Tensor, width: int) -> Found:
     """More than two books: pairs in turn, the residual of all others as the target."""
     count = len(books)
-    if start is None:
-        codes = targets.new_zeros((len(targets), count), dtype=torch.int64)
-        rest = targets
-        for m in range(0, count - 1, 2):
-            codes[:, m : m + 2] = backend.pair(rest, books[m], books[m + 1], 1)[0][:, 0]
-            rest = rest - books[m][codes[:, m]] - books[m + 1][codes[:, m + 1]]
-        if count % 2:
-            codes[:, -1] = backend.nearest(rest, books[-1], 1)[0][:, 0]
-    else:
-        codes = start.clone()
+    codes = targets.new_zeros((len(targets), count), dtype=torch.int64)
+    rest = targets
+    for m in range(0, count - 1, 2):
+        codes[:, m : m + 2] = backend.pair(rest, books[m], books[m + 1], 1)[0][:, 0]
+        rest = rest - books[m][codes[:, m]] - books[m + 1][codes[:, m + 1]]
+    if count % 2:
+        codes[:, -1] = backend.nearest(rest, books[-1], 1)[0][:, 0]
     for a, b, last in _pairs(count):
         others = [m for m in range(count) if m not in (a, b)]
         rest = targets - sum(books[m][codes[:, m]] for m in others)

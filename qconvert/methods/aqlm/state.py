@@ -21,25 +21,22 @@ DAMP_STEPS = 6
 class Layer:
     """`weight` [out, in] and `hessian` [in, in], float32, columns in the order of work.
 
-    `factor`: upper triangular U with H = U Uᵀ. `metric`: lower triangular L_j [n, g, g] with
-    H_jj = L_j L_jᵀ. `blocks`: H_jj [n, g, g].
+    `factor`: upper triangular U with H = U Uᵀ. `blocks`: H_jj [n, g, g]. `columns`: where each
+    column was. `inside`: 0 … g − 1.
     """
 
     weight: Tensor
     hessian: Tensor
     factor: Tensor
-    metric: Tensor
     blocks: Tensor
     columns: Tensor
+    inside: Tensor
     group: int
     damping: float
 
     @property
     def groups(self) -> int:
         return len(self.blocks)
-
-    def group_columns(self, j: int) -> slice:
-        return slice(j * self.group, (j + 1) * self.group)
 
     def losses(self, weight: Tensor) -> Tensor:
         """e H eᵀ of every row of an approximation [out, in] of the weight: [out]."""
@@ -76,7 +73,8 @@ def prepare(weight: Tensor, hessian: Tensor, group: int, damping: float) -> Laye
     """
     activity = hessian.diagonal().reshape(-1, group).sum(1)
     order = activity.argsort(descending=True, stable=True)
-    columns = (order[:, None] * group + torch.arange(group, device=order.device)).flatten()
+    inside = torch.arange(group, device=order.device)
+    columns = (order[:, None] * group + inside).flatten()
     mean = hessian.diagonal().mean()
     if mean == 0:  # never active at all: every weight counts alike
         mean = torch.ones_like(mean)
@@ -91,15 +89,15 @@ def prepare(weight: Tensor, hessian: Tensor, group: int, damping: float) -> Laye
     else:
         raise ValueError("the Hessian is not positive definite, however damped")
     n = len(order)
-    inside = torch.arange(n, device=order.device)
-    blocks = damped.reshape(n, group, n, group)[inside, :, inside]
+    diagonal = torch.arange(n, device=order.device)
+    blocks = damped.reshape(n, group, n, group)[diagonal, :, diagonal]
     return Layer(
         weight=weight[:, columns].contiguous(),
         hessian=damped,
         factor=lower.flip(0, 1).contiguous(),
-        metric=torch.linalg.cholesky(blocks),
         blocks=blocks.contiguous(),
         columns=columns,
+        inside=inside,
         group=group,
         damping=damping,
     )
