@@ -1,7 +1,9 @@
 """The Python API: what the command line's verbs do, as functions with typed results.
 
 Every error is a class of `qconvert.errors`. Options that belong to a method (`bits`, `group_size`,
-`double_quant`, …) are keyword arguments; `qconvert formats` lists them.
+`double_quant`, `scheme`, `quality`, …) are keyword arguments; `qconvert formats` lists them. Those
+of calibration (`calibration`, `nsamples`, `seqlen`, `seed`, `epochs`, `tune`) are for methods that
+read text; None is the default that `calibration/options.py` gives.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qconvert import conversion
+from qconvert.calibration.options import CalibrationOptions
+from qconvert.calibration.report import OnEvent
 from qconvert.conversion import Request, Result
 from qconvert.layout import DEFAULT_SHARD_BYTES
 from qconvert.pour import Progress
@@ -30,12 +34,19 @@ def plan(
     overrides: Sequence[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     threads: int | None = None,
+    calibration: str | Path | None = None,
+    nsamples: int | None = None,
+    seqlen: int | None = None,
+    seed: int | None = None,
+    epochs: int | None = None,
+    tune: str | None = None,
     **options: Any,
 ) -> Plan:
     """What `convert` would write, from headers and config alone; writes nothing.
 
-    `model` is a folder, a Hub id or "demo"; `method` one of "int8", "nf4", "fp4", "hqq". `skip`
-    is a regex of layers to keep in full precision, `overrides` are `"REGEX=bits:4,group_size:64"`.
+    `model` is a folder, a Hub id or "demo"; `method` one of "int8", "nf4", "fp4", "hqq", "aqlm".
+    `skip` is a regex of layers to keep in full precision, `overrides` are
+    `"REGEX=bits:4,group_size:64"`; `calibration` names a text, a folder, ids or a dataset.
     """
     return conversion.plan(
         Request(
@@ -45,6 +56,7 @@ def plan(
             revision=revision,
             skip=skip,
             overrides=overrides,
+            calibration=_calibration(calibration, nsamples, seqlen, seed, epochs, tune),
             max_shard_bytes=max_shard_bytes,
             threads=threads,
         )
@@ -65,13 +77,20 @@ def convert(
     validate: bool = True,
     overwrite: bool = False,
     restart: bool = False,
+    calibration: str | Path | None = None,
+    nsamples: int | None = None,
+    seqlen: int | None = None,
+    seed: int | None = None,
+    epochs: int | None = None,
+    tune: str | None = None,
     progress: Progress | None = None,
+    on_event: OnEvent | None = None,
     **options: Any,
 ) -> Result:
     """Converts a checkpoint and proves the result; see `conversion.convert`.
 
     The same call resumes an interrupted one. `progress` is called with (done, in all, what) from
-    any thread.
+    any thread, `on_event` with what calibration tells (see `calibration.report`).
     """
     request = Request(
         str(model),
@@ -81,6 +100,7 @@ def convert(
         revision=revision,
         skip=skip,
         overrides=overrides,
+        calibration=_calibration(calibration, nsamples, seqlen, seed, epochs, tune),
         max_shard_bytes=max_shard_bytes,
         threads=threads,
         device=device,
@@ -88,7 +108,7 @@ def convert(
         overwrite=overwrite,
         restart=restart,
     )
-    return conversion.convert(request, progress=progress)
+    return conversion.convert(request, progress=progress, on_event=on_event)
 
 
 def validate(
@@ -101,3 +121,19 @@ def validate(
 ) -> Validation:
     """Proves a quantized folder, against its source if one is given; writes nothing."""
     return validate_folder(path, against=against, levels=levels, device=device, progress=progress)
+
+
+def _calibration(
+    source: str | Path | None,
+    nsamples: int | None,
+    seqlen: int | None,
+    seed: int | None,
+    epochs: int | None,
+    tune: str | None,
+) -> CalibrationOptions | None:
+    """None where nothing was said, which a method that reads no data would refuse."""
+    said = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed, "epochs": epochs, "tune": tune}
+    given: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+    if source is not None:
+        given["source"] = str(source)
+    return CalibrationOptions(**given) if given else None

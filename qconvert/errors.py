@@ -23,10 +23,10 @@ from typing import ClassVar
 _MAX_QUOTED = 200
 
 
-def printable(text: object) -> str:
-    """`text` on one line, without control or bidi characters, at most 200 characters long."""
+def printable(text: object, most: int = _MAX_QUOTED) -> str:
+    """`text` on one line, without control or bidi characters, at most `most` characters long."""
     escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-    return escaped if len(escaped) <= _MAX_QUOTED else escaped[: _MAX_QUOTED - 1] + "…"
+    return escaped if len(escaped) <= most else escaped[: most - 1] + "…"
 
 
 class QConvertError(Exception):

@@ -15,6 +15,14 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def human_seconds(seconds: float) -> str:
+    """4.2 s, 35 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def figures(data: JSON) -> list[tuple[str, str]]:
     """The numbers and words of a report, labelled for people; lists are left to --json."""
     found = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,10 @@ from qconvert import registry
 from qconvert.calibration.options import CalibrationOptions
 from qconvert.cli import options as opt
 from qconvert.errors import UsageError
-from qconvert.types import TORCH_NAMES, dtype_from_torch
+from qconvert.types import TORCH_NAMES, Plan, dtype_from_torch
+
+if TYPE_CHECKING:
+    from qconvert.conversion import Request
 
 _Bits = Annotated[int, typer.Option(help="8, 6, 5, 4, 3, 2 or 1.", metavar="N", show_default=False)]
 _BnbBits = Annotated[
@@ -199,6 +202,7 @@ def run(verb: str, given: dict[str, Any]) -> None:
     """Converts (or plans) as the options say, and prints the outcome."""
     from qconvert.cli import show
     from qconvert.cli.progress import progress_bar
+    from qconvert.cli.show_calibration import listener
     from qconvert.conversion import Request, convert, plan
 
     verb, method_options = _method_options(verb, given)
@@ -220,10 +224,13 @@ def run(verb: str, given: dict[str, Any]) -> None:
     )
     screen = show.Screen(json=given["json"], quiet=given["quiet"])
     if given["dry_run"]:
-        screen.plan(plan(request), request)
+        planned = plan(request)
+        screen.plan(planned, request, _seconds(planned, request) if not given["quiet"] else None)
         return
     with progress_bar(enabled=screen.talks) as progress:
-        result = convert(request, progress=progress, on_plan=screen.announce)
+        result = convert(
+            request, progress=progress, on_plan=screen.announce, on_event=listener(progress)
+        )
     screen.result(result)
 
 
@@ -249,6 +256,18 @@ def _method_options(verb: str, given: dict[str, Any]) -> tuple[str, dict[str, An
                 hint="--compute-dtype bfloat16",
             )
     return verb, chosen
+
+
+def _seconds(planned: Plan, request: Request) -> float | None:
+    """What calibration is expected to take on this machine, measured for a few seconds."""
+    if not planned.calibration:
+        return None
+    from qconvert import devices
+    from qconvert.calibration.estimate import estimate
+    from qconvert.conversion import worker_count
+
+    found = devices.find(request.device)
+    return estimate(planned, found, worker_count(request.threads)).total
 
 
 def _calibration(given: dict[str, Any]) -> CalibrationOptions:

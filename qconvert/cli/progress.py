@@ -6,12 +6,15 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
 
 from qconvert.memory import peak_memory
 from qconvert.text import human_bytes
 
-Progress = Callable[[int, int, str], None]
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
 _PLAIN_SECONDS = 10.0
 _WIDE = 120
 """Columns that a bar needs beside the words."""
@@ -19,11 +22,24 @@ _MOST_STEPS = 1000
 """A stage with a smaller total counts steps, not bytes (the reload level does)."""
 
 
+class Bar(Protocol):
+    """Where progress is shown; every method may be called from any thread."""
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """Bytes done, in all, and what is at work."""
+
+    def steps(self, done: int, total: int, what: str) -> None:
+        """The same in steps of unequal length, of which only their share in all is shown."""
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+
+
 @contextlib.contextmanager
-def progress_bar(*, enabled: bool) -> Iterator[Progress]:
-    """Gives a callback (done, in all, what) that draws on stderr; it may come from any thread."""
+def progress_bar(*, enabled: bool) -> Iterator[Bar]:
+    """What draws on stderr: a bar on a terminal, lines elsewhere, nothing unless `enabled`."""
     if not enabled:
-        yield lambda done, total, what: None
+        yield _Nothing()
     elif sys.stderr.isatty():
         with _rich_bar() as progress:
             yield progress
@@ -31,32 +47,56 @@ def progress_bar(*, enabled: bool) -> Iterator[Progress]:
         yield _PlainLines()
 
 
+class _Nothing:
+    def __call__(self, done: int, total: int, what: str) -> None:
+        pass
+
+    steps = __call__
+
+    def say(self, line: str) -> None:
+        pass
+
+
 @contextlib.contextmanager
-def _rich_bar() -> Iterator[Progress]:
+def _rich_bar() -> Iterator[Bar]:
     from rich import progress as rich
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
     wide = console.width >= _WIDE
     columns: list[rich.ProgressColumn] = [
-        rich.TextColumn("{task.fields[what]}"),
-        rich.TextColumn("{task.fields[state]}"),
+        rich.TextColumn("{task.fields[what]}", markup=False),
+        rich.TextColumn("{task.fields[state]}", markup=False),
     ]
     if wide:
         columns.insert(1, rich.BarColumn(bar_width=24))
-    most = 32 if wide else 20
     with rich.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=1, what="", state="")
-        state = _State()
-        lock = threading.Lock()
+        yield _RichBar(bar, console.width - (26 if wide else 0))
 
-        def update(done: int, total: int, what: str) -> None:
-            with lock:
-                label = what if len(what) <= most else "…" + what[1 - most :]
-                text = state.text(done, total)
-                bar.update(task, completed=done, total=total, what=label, state=text)
 
-        yield update
+class _RichBar:
+    def __init__(self, bar: RichProgress, width: int) -> None:
+        self._bar = bar
+        self._width = width
+        """Columns for words."""
+        self._task = bar.add_task("", total=1, what="", state="")
+        self._state = _State()
+        self._lock = threading.Lock()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        with self._lock:
+            self._update(done, total, what, self._state.text(done, total), most=self._width - 60)
+
+    def steps(self, done: int, total: int, what: str) -> None:
+        with self._lock:
+            self._update(done, total, what, _share(done, total), most=self._width - 24)
+
+    def say(self, line: str) -> None:
+        self._bar.console.print(line, markup=False, soft_wrap=True)
+
+    def _update(self, done: int, total: int, what: str, state: str, *, most: int) -> None:
+        label = what if len(what) <= most else "…" + what[1 - most :]
+        self._bar.update(self._task, completed=done, total=total, what=label, state=state)
 
 
 class _PlainLines:
@@ -69,13 +109,21 @@ class _PlainLines:
 
     def __call__(self, done: int, total: int, what: str) -> None:
         with self._lock:
-            text = self._state.text(done, total)
-            if time.monotonic() - self._last < _PLAIN_SECONDS:
-                return
-            self._last = time.monotonic()
-        share = 100 * done / max(total, 1)
+            state = self._state.text(done, total)
+            self._update(f"{100 * done / max(total, 1):3.0f} %  {state}: {what}")
+
+    def steps(self, done: int, total: int, what: str) -> None:
+        with self._lock:
+            self._update(f"{_share(done, total)}: {what}")
+
+    def say(self, line: str) -> None:
         with contextlib.suppress(OSError):  # nobody listens: no reason to stop
-            print(f"{share:3.0f} %  {text}: {what}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
+
+    def _update(self, line: str) -> None:
+        if time.monotonic() - self._last >= _PLAIN_SECONDS:
+            self._last = time.monotonic()
+            self.say(line)
 
 
 class _State:
@@ -89,10 +137,17 @@ class _State:
         now = time.monotonic()
         if total != self._total:
             self._total, self._start = total, now
-        peak = f"peak {human_bytes(peak_memory())}"
         if total <= _MOST_STEPS:
-            return f"step {done} of {total}, {peak}"
+            return f"step {done} of {total}, {_peak()}"
         rate = done / max(now - self._start, 1e-3)
         left = (total - done) / max(rate, 1.0)
         amount = f"{human_bytes(done)} of {human_bytes(total)}"
-        return f"{amount}, {human_bytes(rate)}/s, {left:.0f} s left, {peak}"
+        return f"{amount}, {human_bytes(rate)}/s, {left:.0f} s left, {_peak()}"
+
+
+def _share(done: int, total: int) -> str:
+    return f"{100 * done / max(total, 1):3.0f} %  {_peak()}"
+
+
+def _peak() -> str:
+    return f"peak {human_bytes(peak_memory())}"

@@ -21,16 +21,19 @@ from rich.padding import Padding
 from rich.table import Table
 
 from qconvert import contract
+from qconvert.cli import show_calibration
 from qconvert.cli.loaders import print_loaders
 from qconvert.errors import printable
 from qconvert.text import figures, human_bytes
 from qconvert.types import JSON, Action, Plan, Report, Verdict
 
 if TYPE_CHECKING:
+    from qconvert.calibration.report import Figures
     from qconvert.conversion import Request, Result
     from qconvert.validation import Validation
 
-_LISTED = 12
+_MOST_OF_WARNING = 2000
+"""Characters: a --skip that is advised has to be there to its end."""
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
@@ -97,21 +100,29 @@ class Screen:
             f"[bold]{escape(printable(plan.checkpoint.name))}[/]: {layers} layers to "
             f"{plan.layer_bits_per_weight:.2f} bits, "
             f"{human_bytes(_source_bytes(plan))} → {human_bytes(plan.weight_bytes)}, "
-            f"peak memory ≤ {human_bytes(plan.peak_bytes)}"
+            f"peak memory ≤ {human_bytes(plan.peak_bytes)}",
+            soft_wrap=True,
         )
+        if plan.calibration:
+            self._err.print(
+                f"{escape(show_calibration.scheme(plan))}; codebooks and scales are counted in the "
+                f"bits\n{escape(show_calibration.text(plan))}; fine-tuning: "
+                f"{show_calibration.tuning(plan)}",
+                soft_wrap=True,
+            )
         self._warn(plan)
 
-    def plan(self, plan: Plan, request: Request) -> None:
-        """The whole plan: the outcome of --dry-run."""
+    def plan(self, plan: Plan, request: Request, seconds: float | None = None) -> None:
+        """The whole plan: the outcome of --dry-run; `seconds` is what calibration will take."""
         if self._json:
-            print_json(plan_json(plan))
+            print_json(plan_json(plan, seconds))
             return
         if not self.talks:
             return
         out = self._out
         summary = table("", "")
         summary.show_header = False
-        for label, value in _summary(plan, request):
+        for label, value in _summary(plan, request, seconds):
             summary.add_row(label, value)
         out.print(summary)
         files = table("file", "bytes", right=["bytes"])
@@ -135,12 +146,15 @@ class Screen:
                     "bits_per_weight": result.plan.bits_per_weight,
                     "resumed_bytes": result.resumed_bytes,
                     "seconds": dict(result.seconds),
+                    "calibration": result.figures.as_json() if result.figures else None,
                     "reports": [asdict(report) for report in result.reports],
                 }
             )
             return
         if not self.talks:
             return
+        if result.figures is not None:
+            self._figures(result.figures)
         self.reports(result.reports, result.verdict)
         saved = 100 * (1 - result.plan.weight_bytes / _source_bytes(result.plan))
         if result.resumed_bytes:
@@ -178,9 +192,16 @@ class Screen:
         elif self.talks:
             self.reports(found.reports, found.verdict)
 
+    def _figures(self, figures: Figures) -> None:
+        columns = show_calibration.COLUMNS
+        self._out.print(show_calibration.table_of(figures, table(*columns, right=columns[1:4])))
+        for note in show_calibration.remarks(figures):
+            self._out.print(_indented(escape(note)))
+
     def _warn(self, plan: Plan) -> None:
         for warning in plan.warnings:
-            self._err.print(f"[yellow]warning:[/] {escape(printable(warning))}")
+            text = escape(printable(warning, _MOST_OF_WARNING))
+            self._err.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
 
 
 def plan_files(plan: Plan) -> dict[str, int]:
@@ -192,9 +213,11 @@ def plan_files(plan: Plan) -> dict[str, int]:
     }
 
 
-def plan_json(plan: Plan) -> JSON:
+def plan_json(plan: Plan, seconds: float | None = None) -> JSON:
     """The plan as --json prints it."""
+    calibration = {**plan.calibration, "estimated_seconds": seconds} if plan.calibration else None
     return {
+        "calibration": calibration,
         "source": plan.checkpoint.name,
         "revision": plan.checkpoint.revision,
         "method": {"name": plan.method.name, **plan.method.options()},
@@ -225,22 +248,28 @@ def plan_json(plan: Plan) -> JSON:
     }
 
 
-def _summary(plan: Plan, request: Request) -> list[tuple[str, str]]:
+def _summary(plan: Plan, request: Request, seconds: float | None) -> list[tuple[str, str]]:
     from qconvert.conversion import output_folder
 
-    options = ", ".join(f"{key} {value}" for key, value in plan.method.options().items())
+    calibrated = show_calibration.rows(plan, seconds) if plan.calibration else []
+    of_what = "codebooks and scales" if plan.calibration else "scales"
+    if plan.calibration:
+        options = show_calibration.scheme(plan)
+    else:
+        options = ", ".join(f"{key} {value}" for key, value in plan.method.options().items())
     source = plan.checkpoint.repo_id or str(plan.checkpoint.root)
     return [
         ("source", escape(printable(source))),
         ("revision", plan.checkpoint.revision or "a folder"),
         ("model", f"{plan.structure.architecture}, {plan.dtype}"),
         ("method", f"{plan.method.name} ({options})"),
+        *calibrated,
         ("output", escape(str(output_folder(request, plan)))),
         ("size", f"{human_bytes(_source_bytes(plan))} → {human_bytes(plan.weight_bytes)}"),
         (
             "bits per weight",
             f"[bold]{plan.bits_per_weight:.3f}[/] over the whole model, "
-            f"{plan.layer_bits_per_weight:.3f} over its quantized layers",
+            f"{plan.layer_bits_per_weight:.3f} over its quantized layers, {of_what} included",
         ),
         ("peak memory", f"≤ {human_bytes(plan.peak_bytes)}"),
         ("disk", f"{human_bytes(plan.disk_bytes)}"),
@@ -254,7 +283,7 @@ def _kept_table(plan: Plan) -> Table:
     size: Counter[str] = Counter()
     example: dict[str, str] = {}
     for entry in plan.entries:
-        if entry.action is Action.COPY:
+        if entry.action is not Action.QUANTIZE:
             count[entry.reason] += 1
             size[entry.reason] += entry.nbytes
             example.setdefault(entry.reason, entry.tensor.name)
