@@ -28,6 +28,7 @@ from qconvert.calibration.training import (
     Progress,
     Rates,
     Rows,
+    batch_sizes,
     batches,
     precision,
     shuffled,
@@ -46,9 +47,11 @@ class FinetuneConfig:
     """That of norms and biases on disk (codebooks and scales: `AQLMLinear.dtype`)."""
     seed: int = 0
     batch_tokens: int = 8192
-    """Tokens of an optimizer step (whole sequences, at least one)."""
+    """Tokens of an optimizer step, at most; see `training.batch_sizes`."""
     micro_tokens: int = 8192
     """Tokens of one forward and backward pass."""
+    min_steps: int = 32
+    """Steps of an epoch, if there are as many sequences."""
     rates: Rates = field(default_factory=Rates)
     betas: tuple[float, float] = (0.9, 0.95)
     warmup: float = 0.05
@@ -98,7 +101,7 @@ def finetune_block(
 
     Same device, seed, versions and thread count: same result. Takes, beside the block, the
     float32 weight of each AQLM layer and its gradient (8 bytes for each quantized weight),
-    16 bytes for each tuned parameter, and the activations of `micro_tokens` tokens.
+    24 bytes for each tuned parameter, and the activations of `micro_tokens` tokens.
     """
     if len(inputs) < 2:
         return FinetuneReport(math.nan, math.nan, stopped="fewer than two samples")
@@ -108,9 +111,10 @@ def finetune_block(
         block.float()
     learner = Learner(block, tuned, config.dtype, config.rates, config.betas)
     layers = aqlm_layers(block).values()
-    sequence = inputs[[0]].shape[1]
-    size = max(1, config.batch_tokens // sequence)
-    micro = max(1, min(size, config.micro_tokens // sequence))
+    sequence = int(inputs[[0]].shape[1])
+    size, micro = batch_sizes(
+        len(training), sequence, config.batch_tokens, config.micro_tokens, config.min_steps
+    )
 
     def loss(which: list[int]) -> Tensor:
         hidden, target = (rows[which].to(device, torch.float32) for rows in (inputs, targets))
@@ -157,8 +161,7 @@ def finetune_block(
                 stopped = "the loss is not finite"
             elif epoch - best_epoch >= config.patience and epoch < config.epochs:
                 stopped = f"no gain in {config.patience} epochs"
-    learner.set(kept)
-    block.requires_grad_(False)
+    learner.finish(kept)
     return FinetuneReport(before, best, tuple(history), best_epoch, steps, skipped, stopped)
 
 

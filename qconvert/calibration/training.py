@@ -43,7 +43,7 @@ class Rows(Protocol):
 class Rates:
     """The largest step of Adam as a fraction of a tensor's root mean square."""
 
-    codebooks: float = 3e-3
+    codebooks: float = 6e-3
     scales: float = 1e-3
     others: float = 1e-3
     """Norms and biases."""
@@ -62,7 +62,7 @@ class Learner:
     """The parameters of a module that learn, and Adam over them.
 
     Every other parameter of `module` is frozen. `names`: norms and biases by path (`vectors` of
-    them by default); `dtype`: theirs on disk. Parameters become float32.
+    them by default); `dtype`: theirs on disk. All are float32 while they learn.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class Learner:
         betas: tuple[float, float],
     ) -> None:
         module.requires_grad_(False)
+        self.module = module
+        self.came_in: dict[str, torch.dtype] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         found: dict[str, float] = {}
@@ -86,6 +88,7 @@ class Learner:
             found[name] = rates.others * max(_rms(module.get_parameter(name)), _SMALLEST_RMS)
         for name in self.dtypes:
             parameter = module.get_parameter(name)
+            self.came_in[name] = parameter.dtype
             parameter.data = parameter.data.float()
             self.parameters[name] = parameter.requires_grad_(True)
         self.rates = found
@@ -114,6 +117,14 @@ class Learner:
         with torch.no_grad():
             for name, value in values.items():
                 self.parameters[name].copy_(value)
+
+    def finish(self, values: Mapping[str, Tensor]) -> None:
+        """Ends the learning with these values, in the dtypes that the parameters came in."""
+        self.set(values)
+        for name, parameter in self.parameters.items():
+            parameter.grad = None
+            parameter.data = parameter.data.to(self.came_in[name])
+        self.module.requires_grad_(False)
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:
@@ -163,6 +174,18 @@ def shuffled(items: Sequence[int], *seeds: int) -> list[int]:
 def batches(items: Sequence[int], size: int) -> Iterator[list[int]]:
     for start in range(0, len(items), size):
         yield list(items[start : start + size])
+
+
+def batch_sizes(
+    samples: int, sequence: int, batch_tokens: int, micro_tokens: int, min_steps: int
+) -> tuple[int, int]:
+    """Sequences of an optimizer step, and of a forward pass; at least one.
+
+    `batch_tokens` at most, and fewer where an epoch over `samples` would have under `min_steps`
+    steps: little text wants more of them, much text would only pay for more dequantizations.
+    """
+    size = max(1, min(batch_tokens // sequence, samples // min_steps))
+    return size, max(1, min(size, micro_tokens // sequence))
 
 
 def precision(device: torch.device) -> AbstractContextManager[object]:

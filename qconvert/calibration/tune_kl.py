@@ -34,6 +34,7 @@ from qconvert.calibration.training import (
     Progress,
     Rates,
     Rows,
+    batch_sizes,
     batches,
     precision,
     shuffled,
@@ -55,7 +56,11 @@ class KLConfig:
     """That of norms and biases on disk."""
     seed: int = 0
     batch_tokens: int = 8192
+    """Tokens of an optimizer step, at most; see `training.batch_sizes`."""
     micro_tokens: int = 4096
+    """Tokens of one forward and backward pass."""
+    min_steps: int = 32
+    """Steps of an epoch, if there are as many sequences."""
     rates: Rates = field(default_factory=Rates)
     betas: tuple[float, float] = (0.9, 0.95)
     warmup: float = 0.05
@@ -104,7 +109,7 @@ def tune_kl(
     the interruption. The caller removes it.
 
     Takes the codes (1 or 2 bytes and 4 more for their order, each), the layers left in full
-    precision, the head, one block's float32 weights, 20 bytes for each tuned parameter, one
+    precision, the head, one block's float32 weights, 24 bytes for each tuned parameter, one
     hidden state for each block and token of a micro-batch, and logits of 256 tokens three times.
     """
     if len(inputs) < 2:
@@ -117,9 +122,10 @@ def tune_kl(
     chosen = [vectors(b) for b in blocks] if tuned is None else tuned
     names = [f"{i}.{name}" for i, each in enumerate(chosen) for name in each]
     learner = Learner(model, names, config.dtype, config.rates, config.betas)
-    sequence = inputs[[0]].shape[1]
-    size = max(1, config.batch_tokens // sequence)
-    micro = max(1, min(size, config.micro_tokens // sequence))
+    sequence = int(inputs[[0]].shape[1])
+    size, micro = batch_sizes(
+        len(training), sequence, config.batch_tokens, config.micro_tokens, config.min_steps
+    )
 
     def divergence(which: list[int], weight: float | None = None) -> float:
         """Mean KL over `which`; with a weight, its gradient times that is added."""
@@ -129,13 +135,15 @@ def tune_kl(
                 hidden = checkpoint(
                     run, i, block, hidden, use_reentrant=False, preserve_rng_state=False
                 )
-        total = _head(logits, hidden, target, None if weight is None else weight / sequence)
-        return total / (len(which) * sequence)
+        nats = _head(logits, hidden, target, None if weight is None else weight / sequence)
+        return nats / (len(which) * sequence)
 
     def validate() -> float:
         with torch.no_grad(), learner.as_stored():
-            parts = [divergence(which) * len(which) for which in batches(validation, micro)]
-        return math.fsum(parts) / len(validation)
+            nats = 0.0
+            for which in batches(validation, micro):
+                nats += divergence(which) * len(which)
+        return nats / len(validation)
 
     per_epoch = math.ceil(len(training) / size)
     total = config.epochs * per_epoch
@@ -169,8 +177,7 @@ def tune_kl(
             state.save(report)
         if on_step is not None:
             on_step(report.steps, total, value)
-    learner.set(state.best)
-    model.requires_grad_(False)
+    learner.finish(state.best)
     return report
 
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from qconvert.calibration import training
 from qconvert.calibration.activations import Activations, writing
 from qconvert.calibration.finetune import FinetuneConfig, FinetuneReport, finetune_block
-from qconvert.calibration.training import Rates, shuffled, split, warm_cosine
+from qconvert.calibration.training import Rates, batch_sizes, shuffled, split, warm_cosine
 from tests.calibration import tuning
 from tests.calibration.tuning import SEQLEN, Model, same
 
 CONFIG = FinetuneConfig(
     epochs=3, dtype=torch.bfloat16, batch_tokens=4 * SEQLEN, micro_tokens=4 * SEQLEN,
-    rates=tuning.RATES,
+    min_steps=1, rates=tuning.RATES,
 )  # fmt: skip
 WILD = Rates(3.0, 3.0, 3.0)
 
@@ -137,6 +137,17 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_best_so_far(model: Model) ->
     assert all(bool(p.isfinite().all()) for p in model.blocks[0].parameters())
 
 
+def test_parameters_leave_in_the_dtype_that_they_came_in(model: Model) -> None:
+    """On a GPU the block is in the model's dtype, and its norms learn in float32."""
+    norm = model.blocks[0].get_parameter("input_layernorm.weight")
+    norm.data = norm.data.bfloat16()
+    learner = training.Learner(model.blocks[0], None, torch.bfloat16, CONFIG.rates, CONFIG.betas)
+    assert norm.dtype == torch.float32
+    learner.finish(learner.rounded())
+    assert norm.dtype == torch.bfloat16
+    assert not norm.requires_grad
+
+
 def test_targets_that_are_not_finite_leave_the_block_as_it_was(model: Model) -> None:
     before = model.values()
     inputs, targets = model.hidden(8, 1, model.exact[:1])
@@ -168,6 +179,14 @@ def test_progress_counts_every_step(model: Model) -> None:
     seen: list[tuple[int, int]] = []
     tune(model, on_step=lambda step, total, loss: seen.append((step, total)))
     assert seen == [(i, 21) for i in range(1, 22)]
+
+
+def test_little_text_is_cut_into_more_steps() -> None:
+    assert batch_sizes(224, 2048, 8192, 8192, 32) == (4, 4)
+    assert batch_sizes(224, 2048, 8192, 4096, 32) == (4, 2)
+    assert batch_sizes(224, 512, 8192, 8192, 32) == (7, 7)
+    assert batch_sizes(10, 512, 8192, 8192, 32) == (1, 1)
+    assert batch_sizes(224, 131072, 8192, 8192, 32) == (1, 1)
 
 
 def test_the_split_is_whole_disjoint_and_seeded() -> None:

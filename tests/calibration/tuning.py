@@ -27,7 +27,7 @@ RATES = Rates(2e-2, 1e-2, 1e-2)
 """For a few steps on an error that is large."""
 KL = KLConfig(
     epochs=2, dtype=torch.bfloat16, batch_tokens=4 * SEQLEN, micro_tokens=2 * SEQLEN, save_every=3,
-    rates=RATES,
+    min_steps=1, rates=RATES,
 )  # fmt: skip
 
 
