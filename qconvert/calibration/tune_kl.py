@@ -226,14 +226,12 @@ class _State:
         self.best: dict[str, Tensor] = {}
 
     def save(self, report: KLReport) -> None:
-        adam = self.learner.adam.state
         tensors = {}
         for name, p in self.learner.parameters.items():
-            state = adam[p] or {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             tensors[f"value/{name}"] = p.detach()
-            tensors[f"mean/{name}"] = state["exp_avg"]
-            tensors[f"square/{name}"] = state["exp_avg_sq"]
             tensors[f"best/{name}"] = self.best[name]
+            for key, tensor in self.learner.adam.state[p].items():  # none before its first step
+                tensors[f"{key}/{name}"] = tensor
         text = json.dumps({"key": self.key, "report": asdict(report)})
         part = self.path.with_name(self.path.name + ".part")
         with output_errors(self.path):
@@ -250,13 +248,14 @@ class _State:
                 return None
             report = KLReport(**known["report"] | {"history": tuple(known["report"]["history"])})
             device = next(iter(self.learner.parameters.values())).device
-            taken = float(report.steps - report.skipped)
+            stored = set(file.keys())
             for name, p in self.learner.parameters.items():
-                self.learner.adam.state[p] = {
-                    "step": torch.tensor(taken),
-                    "exp_avg": file.get_tensor(f"mean/{name}").to(device),
-                    "exp_avg_sq": file.get_tensor(f"square/{name}").to(device),
-                }
                 self.best[name] = file.get_tensor(f"best/{name}").to(device)
+                if f"step/{name}" in stored:
+                    self.learner.adam.state[p] = {
+                        "step": file.get_tensor(f"step/{name}"),
+                        "exp_avg": file.get_tensor(f"exp_avg/{name}").to(device),
+                        "exp_avg_sq": file.get_tensor(f"exp_avg_sq/{name}").to(device),
+                    }
             self.learner.set({n: file.get_tensor(f"value/{n}") for n in self.learner.parameters})
         return replace(report, resumed_at=report.steps)
