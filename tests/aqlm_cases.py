@@ -66,9 +66,7 @@ def write_aqlm(
         with Solution([solved]) as solution:
             poured = pour(plan, staged, threads=2, solution=solution)
         write_side_files(plan, staged.tree)
-        document = manifest.make_manifest(
-            plan, verb="aqlm", options={}, verdict=None, reports=()
-        )
+        document = manifest.make_manifest(plan, verb="aqlm", options={}, verdict=None, reports=())
         staging.write_file(staged.tree / card.NAME, card.render(document, plan.checkpoint))
         small = [*plan.generated, *plan.copied, card.NAME]
         document["files"] = {**poured.sha256, **manifest.hash_files(staged.tree, small)}
@@ -90,9 +88,7 @@ def _solve(plan: Plan, reader: SourceReader, nudge: float) -> Iterator[tuple[str
             yield from _layer(plan, entry, values, number)
 
 
-def _layer(
-    plan: Plan, entry: PlanEntry, weight: Array, seed: int
-) -> Iterator[tuple[str, Array]]:
+def _layer(plan: Plan, entry: PlanEntry, weight: Array, seed: int) -> Iterator[tuple[str, Array]]:
     assert entry.layer is not None
     parts = plan.container.encode(kmeans(weight, entry.method, seed), entry.method)
     for name, part in parts.items():
