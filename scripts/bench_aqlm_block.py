@@ -141,6 +141,7 @@ def generate(path: Path, samples: int, seqlen: int, hidden: int, device: torch.d
 def measure(options: argparse.Namespace, scheme: str, work: Path, device: torch.device) -> Meter:
     """Quantizes one block with one scheme; the inputs are in `work`."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    warm(scheme, options.quality, device)
     block = Block(options.hidden, options.intermediate, options.seqlen, device, dtype)
     shape = (options.nsamples, options.seqlen, options.hidden)
     inputs = Activations(work / "inputs.bin", shape, "BF16")
@@ -169,6 +170,15 @@ def measure(options: argparse.Namespace, scheme: str, work: Path, device: torch.
         for hidden in inputs.batches(batch, device, dtype):
             out.append(block.run(block.module, hidden))
     return meter
+
+
+def warm(scheme: str, quality: str, device: torch.device) -> None:
+    """Compiles kernels and imports, which a conversion pays for once, not in every block."""
+    config = LayerConfig(**parse_scheme(scheme), dtype=torch.float16, quality=quality)
+    columns = 16 * config.in_group_size
+    rows = max(64, 2 * 2**config.nbits_per_codebook // 16)
+    weight = torch.randn(rows, columns, device=device)
+    quantize_layer(weight, torch.eye(columns, device=device), config)
 
 
 def _solve(

@@ -92,7 +92,7 @@ def quantize_layer(
 
     weight: float32 [out, in]; hessian: float32 [in, in], the mean of x xᵀ, not damped; in must
     be a multiple of `in_group_size`. Runs where the tensors are. `on_step(stage, loss)` is told
-    the relative loss on the damped Hessian after every stage.
+    the relative loss on the damped Hessian after every stage (infinite after k-means: no codes).
 
     Raises ValueError for a weight or Hessian that is not finite. A step that ends in NaN or
     makes the loss rise is undone, and noted. Peak memory beside the arguments: about 3 [in, in]
@@ -152,6 +152,8 @@ class _Alternation:
             points=self.effort.points,
             seed=config.seed,
         )
+        if self.on_step is not None:
+            self.on_step("k-means", self.loss)
         codes = codes_by_feedback(layer, books, scales, self.effort.beam)
         return Solution(codes, books, scales)
 
