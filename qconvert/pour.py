@@ -326,8 +326,11 @@ class _Pouring:
         self.poured.resumed_bytes += entry.tensor.nbytes
 
 
-def unquantizable(found: Sequence[tuple[PlanEntry, object]]) -> NonFinite:
-    """The error that names these tensors, each with what was found in it."""
+def unquantizable(found: Sequence[tuple[PlanEntry, object]], hint: str = "") -> NonFinite:
+    """The error that names these tensors, each with what was found in it.
+
+    Unless `hint` says something else, it is how to keep them in full precision.
+    """
     names = [entry.tensor.name for entry, _ in found]
     pattern = "|".join(re.escape(name.removesuffix(".weight")) for name in names)
     if len(found) == 1:
@@ -335,7 +338,7 @@ def unquantizable(found: Sequence[tuple[PlanEntry, object]]) -> NonFinite:
         what = f"{reason} in {entry.tensor.file}, tensor {names[0]}"
     else:
         what = f"NaN or Inf in {len(names)} tensors: {', '.join(names)}"
-    return NonFinite(what, hint=f"keep them in full precision with --skip '^({pattern})$'")
+    return NonFinite(what, hint=hint or f"keep them in full precision with --skip '^({pattern})$'")
 
 
 def _await(futures: Iterable[Future[None]]) -> None:

@@ -28,7 +28,7 @@ def refuse_non_finite(plan: Plan) -> None:
             if count:
                 found.append((entry, f"weight holds {count} non-finite values"))
         if found:
-            raise unquantizable(found)
+            raise unquantizable(found, hint="calibration runs the model: repair it, or get it anew")
 
 
 def _non_finite(plan: Plan, entry: PlanEntry, reader: SourceReader) -> int:

@@ -26,6 +26,8 @@ _ROWS, _GROUPS = 256, 8
 _ROWS_ON_GPU = 4096
 _SIDE = 1024
 """Of the matrices that are multiplied."""
+_PRODUCTS = 5
+"""Of all weights with the Hessian, in a round of a layer: to find what to change, and the loss."""
 _DISTINCT = 0.6
 """Hessians for each layer: q, k and v share one, and so do gate and up."""
 _TUNING = 3.5
@@ -63,8 +65,7 @@ def estimate(plan: Plan, devices: Sequence[str], threads: int) -> Estimate:
         flops = _flops(devices[0], torch.float32)
         fast = flops if devices[0] == "cpu" else _flops(devices[0], torch.bfloat16)
         group = _seconds_of_a_group(method, settings["quality"], devices[0])
-    effort = EFFORTS[settings["quality"]]
-    products = 8 + effort.rounds * (2 * effort.passes + 2)
+    products = _PRODUCTS * (EFFORTS[settings["quality"]].rounds + 1)
 
     solving = sum(
         group(layer.out_features) * layer.in_features / method.in_group_size
