@@ -17,7 +17,7 @@ the price. More books are searched two at a time, the others held, until every p
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import combinations, pairwise
@@ -27,8 +27,6 @@ import torch
 from torch import Tensor
 
 EXPAND = 16
-_TABLE = 1024
-"""Books up to this size get a table of inner products."""
 _SCORES = 1 << 26
 """Scores that plain torch holds at once."""
 _TARGETS = 512
@@ -154,45 +152,57 @@ class Numba:
     def nearest(self, targets: Tensor, book: Tensor, width: int) -> Found:
         from qconvert.methods.aqlm import _numba
 
-        book = book.T.contiguous()
-        norms = book.square().sum(0).numpy()
         codes = torch.empty((len(targets), width), dtype=torch.int32)
         costs = torch.empty((len(targets), width))
-        _share(_numba.nearest, targets, (book.numpy(), norms), (codes, costs))
+        _share(_numba.nearest, (targets,), _in_chunks(book, _numba.CHUNK), (codes, costs))
         return codes.long(), costs
 
     def pair(self, targets: Tensor, first: Tensor, second: Tensor, width: int) -> Found:
         from qconvert.methods.aqlm import _numba
 
-        first, second = first.T.contiguous(), second.T.contiguous()
+        expand = min(EXPAND, len(first))
         codes = torch.empty((len(targets), width, 2), dtype=torch.int32)
         costs = torch.empty((len(targets), width))
-        norms = [book.square().sum(0).numpy() for book in (first, second)]
-        inputs: tuple[Any, ...] = (first.numpy(), second.numpy())
-        kernel = _numba.pair_large
-        if second.shape[1] <= _TABLE:
-            inputs += ((2 * first.T @ second).numpy(),)
-            kernel = _numba.pair
-        inputs += (*norms, min(EXPAND, first.shape[1]))
-        _share(kernel, targets, inputs, (codes, costs))
+        out = (codes, costs)
+        book_a, norms_a = _in_chunks(first, _numba.CHUNK)
+        book_b, norms_b = _in_chunks(second, _numba.CHUNK)
+        if len(book_a) == len(book_b) == 1:
+            cross = (2 * first @ second.T).numpy()
+            fixed = (book_a[0], book_b[0], cross, norms_a[0], norms_b[0], expand)
+            _share(_numba.pair, (targets,), fixed, out)
+        else:
+            near = self.nearest(targets, first, expand)[0].int()
+            plain = first.contiguous().numpy()
+            _share(_numba.pair_large, (targets, near), (plain, book_b, norms_b), out)
         return codes.long(), costs
 
 
+def _in_chunks(book: Tensor, chunk: int) -> tuple[Any, Any]:
+    """A book [K, g] as [chunks, g, chunk], and its squared norms [chunks, chunk]."""
+    parts = book.reshape(-1, min(chunk, len(book)), book.shape[1])
+    return parts.transpose(1, 2).contiguous().numpy(), parts.square().sum(-1).numpy()
+
+
 def _share(
-    kernel: Any, targets: Tensor, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]
+    kernel: Callable[..., None],
+    rows: tuple[Tensor, ...],
+    fixed: tuple[Any, ...],
+    outputs: tuple[Tensor, ...],
 ) -> None:
-    """Runs `kernel(targets, *inputs, *outputs)` on runs of rows, a run for each thread."""
-    arrays = [tensor.contiguous().numpy() for tensor in (targets, *outputs)]
-    threads = min(torch.get_num_threads(), max(1, len(targets) // _TARGETS))
-    if threads == 1:
-        kernel(arrays[0], *inputs, *arrays[1:])
-        return
-    edges = [len(targets) * t // threads for t in range(threads + 1)]
+    """Runs `kernel(*rows, *fixed, *outputs)` on runs of rows, a run for each thread."""
+    inputs = [tensor.contiguous().numpy() for tensor in rows]
+    results = [tensor.numpy() for tensor in outputs]
+    count = len(results[0])
+    threads = min(torch.get_num_threads(), max(1, count // _TARGETS))
 
     def work(run: tuple[int, int]) -> None:
-        rows, *out = (array[run[0] : run[1]] for array in arrays)
-        kernel(rows, *inputs, *out)
+        here = slice(*run)
+        kernel(*(a[here] for a in inputs), *fixed, *(a[here] for a in results))
 
+    if threads == 1:
+        work((0, count))
+        return
+    edges = [count * t // threads // 4 * 4 for t in range(threads)] + [count]
     list(_pool(os.getpid()).map(work, pairwise(edges)))
 
 
