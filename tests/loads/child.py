@@ -81,7 +81,9 @@ def look(
         if name.removesuffix(".weight") not in layers
         and not (name in found and torch.equal(found[name].to(tensor.dtype), tensor))
     ]
-    theirs = measure.outputs(model, tokens)  # last: a forward pass repacks 4-bit weights
+    theirs = measure.outputs(
+        model, tokens
+    )  # last: a forward pass repacks 4-bit weights and 8-bit codes
     causal = measure.is_causal(model)
     return {
         "raised": None,
@@ -121,9 +123,13 @@ def ties_of(model: Any) -> list[list[str]]:
 
 def dequantized(module: Any, layer: Any) -> Any:
     """The weight as the loader's own code dequantizes it, oriented as the plain module's."""
+    import aqlm
     import bitsandbytes as bnb
 
-    if isinstance(module, bnb.nn.Linear4bit):
+    if isinstance(module, aqlm.QuantizedLinear):
+        codes = aqlm.utils.unpack_int_data(module.codes, module.nbits_per_codebook)
+        weight = aqlm.utils._dequantize_weight(codes, module.codebooks, module.scales)
+    elif isinstance(module, bnb.nn.Linear4bit):
         weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
     elif isinstance(module, bnb.nn.Linear8bitLt):
         weight = module.weight.data.float() * (module.weight.SCB / 127)[:, None]
