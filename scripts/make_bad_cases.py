@@ -131,7 +131,7 @@ class Case:
 
     @property
     def format(self) -> str:
-        return "hqq" if self.verb[0] == "hqq" else "bitsandbytes"
+        return self.verb[0] if self.verb[0] in ("hqq", "aqlm") else "bitsandbytes"
 
     def write(self, formats: Path) -> None:
         folder = formats / self.format / "bad" / self.name
@@ -158,6 +158,7 @@ class Case:
 
 HQQ = ("hqq", "--bits", "4", "--group-size", "16")
 NF4 = ("nf4",)
+AQLM = ("aqlm", "--bits", "2")
 
 
 def weights_cases() -> Iterator[Case]:
@@ -402,7 +403,7 @@ def config_cases() -> Iterator[Case]:
         "auto_map": {"AutoModelForCausalLM": "modeling_mystery.MysteryForCausalLM"},
     }
     code = b"raise SystemExit('code that came with the weights has run')\n"
-    for label, verb in {"bnb": NF4, "hqq": HQQ}.items():
+    for label, verb in {"bnb": NF4, "hqq": HQQ, "aqlm": AQLM}.items():
         yield Case(
             f"23-remote-code-{label}", 23, "a model class that only its own Python file knows",
             "RemoteCode", 3, ["auto_map", "mystery"],
@@ -434,9 +435,114 @@ def config_cases() -> Iterator[Case]:
         )  # fmt: skip
 
 
+def gpt2() -> dict[str, bytes | None]:
+    """A GPT-2 of one block: all its linear layers are Conv1D."""
+    config = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 8, "n_head": 1,
+        "n_layer": 1, "n_positions": 8, "vocab_size": VOCAB, "torch_dtype": "float32",
+    }  # fmt: skip
+    block = "transformer.h.0"
+    shapes = {
+        "transformer.wte.weight": (VOCAB, 8),
+        "transformer.wpe.weight": (8, 8),
+        f"{block}.attn.c_attn.weight": (8, 24),
+        f"{block}.attn.c_attn.bias": (24,),
+        f"{block}.attn.c_proj.weight": (8, 8),
+        f"{block}.attn.c_proj.bias": (8,),
+        f"{block}.mlp.c_fc.weight": (8, 32),
+        f"{block}.mlp.c_fc.bias": (32,),
+        f"{block}.mlp.c_proj.weight": (32, 8),
+        f"{block}.mlp.c_proj.bias": (8,),
+    } | {
+        f"{norm}.{leaf}": (8,)
+        for norm in (f"{block}.ln_1", f"{block}.ln_2", "transformer.ln_f")
+        for leaf in ("weight", "bias")
+    }
+    weights = {name: ("F32", np.ones(shape, np.float32)) for name, shape in shapes.items()}
+    return {"config.json": dump(config), "model.safetensors": safetensors(weights)}
+
+
+def aqlm_cases() -> Iterator[Case]:
+    """Faults of every row that a calibrated method can meet before it reads any text."""
+    one, data, last = "model.safetensors", safetensors(base_weights()), "model.norm.weight"
+    for name, row, what, mentions, file in (
+        ("01-header-length-alone", 1, "eight bytes", [], data[:8]),
+        ("02-header-an-array", 2, "the header is an array", [], with_header(data, lambda t: b"[]")),
+        ("03-offsets-are-text", 3, "offsets in quotation marks", [Q],
+         with_entry(Q, data_offsets=["0", "512"])),
+        ("03-negative-shape", 3, "a shape of negative numbers", [Q],
+         with_entry(Q, shape=[-HEAD, -HIDDEN])),
+        ("16-dtype-is-a-number", 16, "a dtype that is a number", [Q], with_entry(Q, dtype=16)),
+    ):  # fmt: skip
+        yield Case(name, row, what, "CorruptFile", 3, [one, *mentions], {one: file}, AQLM)
+    yield Case(
+        "06-every-shard-missing", 6, "an index and nothing else", "MissingShard", 3, [FIRST],
+        sharded() | {FIRST: None, SECOND: None}, AQLM, hint=True,
+    )  # fmt: skip
+    for name, index in {"empty": b"", "without-a-map": dump({"metadata": {}})}.items():
+        yield Case(
+            f"08-index-{name}", 8, f"an index {name.replace('-', ' ')}", "CorruptFile", 3, [INDEX],
+            sharded() | {INDEX: index}, AQLM,
+        )  # fmt: skip
+    for name, path in {"network": "//host/model.safetensors", "nul": "a\0b.safetensors"}.items():
+        yield Case(
+            f"09-index-{name}", 9, f"a shard with the path of a {name}", "UnsafePath", 3,
+            [INDEX, last], sharded(lambda m, path=path: m | {last: path}), AQLM,
+        )  # fmt: skip
+    yield Case(
+        "16-bool-weight", 16, "a linear layer of truth values", "UsageError", 2, [Q, "BOOL"],
+        {one: retyped(Q, "BOOL")}, AQLM, "plan",
+    )  # fmt: skip
+    yield Case(
+        "16-already-aqlm", 16, "a model quantized with aqlm", "UsageError", 2,
+        ["already quantized", "aqlm"],
+        {"config.json": dump(CONFIG | {"quantization_config": {"quant_method": "aqlm"}})}, AQLM,
+        hint=True,
+    )  # fmt: skip
+    for name, change in {
+        "hidden-size-0": {"hidden_size": 0},
+        "huge-vocabulary": {"vocab_size": 2**30},
+        "many-layers": {"num_hidden_layers": 10**9},
+    }.items():
+        yield Case(
+            f"17-{name}", 17, name.replace("-", " "), "UnsupportedConfig", 3,
+            ["config.json", *change], {"config.json": dump(CONFIG | change)}, AQLM,
+        )  # fmt: skip
+    for name, options, mentions in (
+        ("group-of-7", ("--scheme", "2x8g7"), ["in_group_size 7"]),
+        ("seventeen-bits", ("--scheme", "1x17g8"), ["17"]),
+        ("no-scheme", ("--scheme", "two-by-eight"), ["two-by-eight"]),
+        ("bits-that-the-scheme-denies", ("--bits", "3", "--scheme", "2x8g8"), ["2x8g8", "3"]),
+        ("rows-too-short", ("--scheme", "1x16g16"), ["8 groups of 16"]),
+    ):
+        yield Case(
+            f"18-{name}", 18, name.replace("-", " "), "UsageError", 2, mentions, {},
+            ("aqlm", *options), "plan", hint=True,
+        )  # fmt: skip
+    yield Case(
+        "20-nothing-but-conv1d", 20, "GPT-2, whose layers no loader of AQLM replaces",
+        "UnsupportedConfig", 3, ["GPT2LMHeadModel", "Conv1D"], gpt2(), AQLM, "plan",
+    )  # fmt: skip
+    yield Case(
+        "22-only-pt", 22, "pickled weights only", "UnsafeFormat", 3, ["model.pt"],
+        {one: None, "model.pt": b"cbuiltins\nexit\n(I70\ntR."}, AQLM, hint=True,
+    )  # fmt: skip
+    good = dump(CONFIG)
+    for name, text in {
+        "a-string": b'"llama"\n',
+        "byte-order-mark": b"\xef\xbb\xbf" + good,
+        "cut-in-a-string": good[: good.index(b"ForCausalLM")],
+        "infinity": good.replace(b"1e-05", b"-Infinity"),
+    }.items():
+        yield Case(
+            f"25-config-{name}", 25, name.replace("-", " "), "UnsupportedConfig", 3,
+            ["config.json"], {"config.json": text}, AQLM,
+        )  # fmt: skip
+
+
 def main(formats: Path) -> None:
     written = set()
-    for cases in (weights_cases, index_cases, value_cases, config_cases):
+    for cases in (weights_cases, index_cases, value_cases, config_cases, aqlm_cases):
         for case in cases():
             folder = formats / case.format / "bad" / case.name
             assert case.name not in written, case.name

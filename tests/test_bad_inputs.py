@@ -98,8 +98,8 @@ def judge(name: str, error: str, code: object, message: str, hint: str) -> None:
 
 def test_the_corpus_is_whole(tmp_path: Path) -> None:
     assert {case["row"] for case in CASES.values()} >= ROWS
-    assert {name.split("/")[0] for name in CASES} >= {"bitsandbytes", "hqq"}
-    assert len(CASES) >= 70
+    assert {name.split("/")[0] for name in CASES} >= {"bitsandbytes", "hqq", "aqlm"}
+    assert len(CASES) >= 95
     assert len(AT_OPEN) >= 50
     for name, case in CASES.items():
         assert getattr(errors, case["error"]).exit_code == case["exit_code"], name

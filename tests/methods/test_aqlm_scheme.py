@@ -19,6 +19,8 @@ INFO = registry.info("aqlm")
 @pytest.mark.parametrize(
     ("options", "scheme", "bits"),
     [
+        ({}, "2x8g8", 2),
+        ({"quality": "best"}, "1x16g8", 2),
         ({"bits": 1}, "1x8g8", 1),
         ({"bits": 2}, "2x8g8", 2),
         ({"bits": 3}, "3x8g8", 3),
@@ -42,7 +44,7 @@ def test_schemes(options: dict[str, object], scheme: str, bits: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "bits of AQLM: expected one of 1, 2, 3, 4, got None"),
+        ({"bits": 0}, "bits of AQLM: expected one of 1, 2, 3, 4, got 0"),
         ({"bits": 5}, "got 5"),
         ({"bits": 3, "scheme": "2x8g8"}, "--bits 3 and --scheme 2x8g8 disagree"),
         ({"scheme": "2x8g7"}, "in_group_size 7"),

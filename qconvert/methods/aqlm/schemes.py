@@ -23,7 +23,7 @@ def build(
     quality: str = "default",
     compute_dtype: str = "F16",
 ) -> AQLM:
-    """The method for these options; a scheme decides alone, without one `bits` is required.
+    """The method for these options: two bits if nothing is said; a scheme decides alone.
 
     `compute_dtype` ("F16", "BF16", "F32") is that of codebooks and scales. Raises UsageError.
     """
@@ -33,6 +33,7 @@ def build(
             hint="--quality default",
         )
     if scheme is None:
+        bits = 2 if bits is None else bits
         if bits not in SCHEMES:
             raise UsageError(
                 f"bits of AQLM: expected one of {', '.join(map(str, SCHEMES))}, got {bits}",
