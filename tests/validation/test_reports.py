@@ -83,6 +83,10 @@ VALID: Mapping[str, Any] = {
             },
         },
     },
+    "aqlm": {
+        "quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1, "num_codebooks": 2,
+        "nbits_per_codebook": 8, "linear_weights_not_to_quantize": ["lm_head", "lm_head.weight"],
+    },
 }  # fmt: skip
 JUNK = st.one_of(
     st.none(), st.booleans(), st.integers(-2, 70), st.floats(0, 9), st.text(max_size=5),
