@@ -63,8 +63,10 @@ def start(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 60
+def wait_until(
+    reached: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60
+) -> None:
+    end = time.monotonic() + seconds
     while not reached():
         assert process.poll() is None, f"it ended too soon: {process.communicate()[1]}"
         assert time.monotonic() < end
