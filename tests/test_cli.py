@@ -64,7 +64,7 @@ def test_every_verb_has_help(words: list[str]) -> None:
 
 def test_every_method_is_documented_at_the_top() -> None:
     shown = CliRunner().invoke(app, ["--help"]).output
-    assert len(VERBS) == 10
+    assert len(VERBS) == 11
     assert all(f" {verb} " in shown for verb in VERBS)
 
 
@@ -123,6 +123,33 @@ MISTAKES: dict[str, tuple[int, str, str]] = {
     ),
     "nf4 MODEL --threads 0": (2, "invalid value for '--threads'", "qconvert nf4 --help"),
     "nf4 MODEL --device tpu9": (5, "unknown device 'tpu9'", "qconvert nf4 MODEL --device auto"),
+    "aqlm MODEL --bits 5": (2, "expected one of 1, 2, 3, 4, got 5", "qconvert aqlm MODEL --bits 2"),
+    "aqlm MODEL --bit 3": (2, "no such option: --bit", "qconvert aqlm MODEL --bits 3"),
+    "aqlm MODEL --scheme 2y8": (2, "--scheme '2y8' is not", "qconvert aqlm MODEL --scheme 2x8g8"),
+    "aqlm MODEL --bits 2 --scheme 4x8": (
+        2, "disagree", "qconvert aqlm MODEL --bits 2 --scheme 4x8"
+    ),
+    "aqlm MODEL --quality great": (
+        2,
+        "--quality great: expected one of fast, default, best",
+        "qconvert aqlm MODEL --quality fast",
+    ),
+    "aqlm MODEL --tune pv": (
+        2, "--tune pv: expected one of none, kl", "qconvert aqlm MODEL --tune none"
+    ),
+    "aqlm MODEL --nsamples 0": (2, "invalid value for '--nsamples'", "qconvert aqlm --help"),
+    "aqlm MODEL --seqlen 4096": (
+        2, "reads at most 128 tokens", "qconvert aqlm MODEL --seqlen 128"
+    ),
+    "aqlm MODEL --calibration ./no.txt": (3, "no such file or folder: ./no.txt", ""),
+    "aqlm MODEL --calibration MODEL/config.jsn": (
+        3, "no such file or folder", "qconvert aqlm MODEL --calibration MODEL/config.json"
+    ),
+    "aqlm MODEL --calibration MODEL/model.safetensors": (
+        2, "holds tensors, not text", "save the ids in Python"
+    ),
+    "aqlm MODEL": (3, "has no tokenizer", "qconvert aqlm MODEL --calibration TOKENS.npy"),
+    "hqq MODEL --bits 4 --nsamples 3": (2, "no such option '--nsamples'", "qconvert hqq --help"),
     "nf4 MODEL more": (2, "unexpected extra argument", "qconvert nf4 --help"),
     "bnb MODEL --bits 3": (2, "8 and 4 bits, not 3", "qconvert hqq MODEL --bits 3"),
     "nf4 MODEL -o MODEL/inside": (2, "overlaps the source", "qconvert nf4 MODEL --output"),
@@ -279,6 +306,7 @@ def test_json_is_all_that_stdout_holds(source: Path, quantized: Path, tmp_path: 
         "source", "revision", "method", "container", "architecture", "dtype", "files",
         "total_bytes", "weight_bytes", "source_bytes", "bits_per_weight", "layer_bits_per_weight",
         "peak_bytes", "disk_bytes", "tensors", "skip_modules", "loaders", "warnings", "fingerprint",
+        "calibration",
     }  # fmt: skip
     assert found["plan"]["total_bytes"] == sum(found["plan"]["files"].values())
     assert found["convert"]["folder"] == str(tmp_path / "out")

@@ -12,7 +12,6 @@ from qconvert.calibration.report import (
     BlockReport,
     Event,
     Figures,
-    LayerFigures,
     OnEvent,
     Started,
     Step,
@@ -96,7 +95,7 @@ def block_line(report: BlockReport) -> str:
     if layers:
         worst = max(layers, key=lambda layer: layer.error)
         mean = sum(layer.error for layer in layers) / len(layers)
-        parts[0] += f"  error {mean:.4f}, worst {worst.error:.4f} ({_short(worst.name)})"
+        parts[0] += f"  error {mean:.3g}, worst {worst.error:.3g} ({_in_block(worst.name)})"
     if tuned := report.figures.tuning:
         parts.append(f"fine-tuned {_gain(tuned)}")
     parts.append(f"{human_seconds(report.seconds)}, {human_seconds(report.eta_seconds)} left")
@@ -106,33 +105,36 @@ def block_line(report: BlockReport) -> str:
     return "; ".join([*parts, memory])
 
 
+COLUMNS = ("layer", "number", "relative error", "worst", "in block")
+
+
 def table_of(figures: Figures, made: Table) -> Table:
-    """Relative errors by kind of layer, into a table of five columns: see `COLUMNS`."""
-    kinds: dict[str, list[LayerFigures]] = defaultdict(list)
-    for layer in figures.layers():
-        kinds[generalize(layer.name)].append(layer)
-    for kind, layers in kinds.items():
-        errors = [layer.error for layer in layers]
-        worst = max(layers, key=lambda layer: layer.error)
-        mean = sum(errors) / len(errors)
-        made.add_row(
-            escape(printable(kind)),
-            str(len(layers)),
-            f"{mean:.4f}",
-            f"{worst.error:.4f}",
-            escape(printable(worst.name)),
-        )
+    """Relative errors by kind of layer, into an empty table of COLUMNS."""
+    kinds: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for block in figures.blocks:
+        for layer in block.layers:
+            kinds[_in_block(layer.name)].append((layer.error, block.index + 1))
+    for kind, errors in kinds.items():
+        worst, where = max(errors)
+        mean = sum(error for error, _ in errors) / len(errors)
+        number = str(len(errors))
+        made.add_row(escape(kind), number, f"{mean:.3g}", f"{worst:.3g}", str(where))
     return made
 
 
-COLUMNS = ("layer", "number", "relative error", "worst", "which")
-
-
 def remarks(figures: Figures) -> list[str]:
-    """What went differently, and what fine-tuning did to the whole."""
-    found = [f"{layer.name}: {note}" for layer in figures.layers() for note in layer.notes]
+    """What went differently, each thing once, and what fine-tuning did to the whole."""
+    noted: dict[str, list[str]] = defaultdict(list)
     for block in figures.blocks:
-        found += [f"block {block.index + 1}: {note}" for note in _notes(block.tuning)]
+        for layer in block.layers:
+            for note in layer.notes:
+                noted[note].append(layer.name)
+        for note in block.tuning.notes if block.tuning else ():
+            noted[note].append(f"block {block.index + 1}")
+    found = [
+        f"{where[0]}{f' and {len(where) - 1} more' if len(where) > 1 else ''}: {note}"
+        for note, where in noted.items()
+    ]
     if len(found) > _NOTES:
         found[_NOTES:] = [f"and {len(found) - _NOTES} more: see qconvert-manifest.json"]
     if last := figures.end_to_end:
@@ -141,16 +143,13 @@ def remarks(figures: Figures) -> list[str]:
     return [printable(note) for note in found]
 
 
-def _notes(tuned: TuneFigures | None) -> tuple[str, ...]:
-    return tuned.notes if tuned else ()
-
-
 def _gain(tuned: TuneFigures) -> str:
     """`0.00310 → 0.00240 in 4 epochs`."""
     epochs = f"{tuned.epochs} epoch{'s' if tuned.epochs != 1 else ''}"
     return f"{tuned.before:.3g} → {tuned.after:.3g} in {epochs}"
 
 
-def _short(name: str) -> str:
+def _in_block(name: str) -> str:
     """`mlp.down_proj` of `model.layers.3.mlp.down_proj`."""
-    return printable(".".join(name.split(".")[-2:]))
+    path = generalize(name)
+    return printable(path.partition("*.")[2] or path)
