@@ -112,7 +112,7 @@ def test_a_plan_without_an_estimate_imports_no_torch() -> None:
 
 def test_two_bits_are_the_default(source: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.arange(64).reshape(4, 16))
-    given = ("--calibration", str(tmp_path / "ids.npy"), "--json")
+    given = ("--calibration", str(tmp_path / "ids.npy"), "--json", "--threads", "1")
     done = run("plan", "aqlm", str(source), *given)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

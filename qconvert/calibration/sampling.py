@@ -21,7 +21,7 @@ from random import Random
 
 import numpy as np
 
-from qconvert.calibration.texts import Passage
+from qconvert.calibration.documents import Passage
 from qconvert.types import Array
 
 CHARACTERS_PER_TOKEN = 8

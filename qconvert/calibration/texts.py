@@ -1,10 +1,8 @@
 """Calibration text, streamed: from a file, a folder of files, a public file or a dataset.
 
-Everything is read in passages of bounded length, whatever lies on disk: a text of a gigabyte
-without a line break, a gzip file that unpacks to a thousand times its size, a folder of a million
-files. What a document is depends on the file: a line of JSON; or what stands between lines
-`<|doc|>`, or between two and more empty lines where there are none of those (one empty line parts
-paragraphs, and a model should see them together). Nothing is executed or unpickled.
+Everything is read in passages of bounded length (`documents.py`), whatever lies on disk: a text of
+a gigabyte without a line break, a gzip file that unpacks to a thousand times its size, a folder of
+a million files. Nothing is executed or unpickled.
 """
 
 from __future__ import annotations
@@ -20,10 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from qconvert import fetch, strictjson
+from qconvert import fetch
 from qconvert.calibration import public
+from qconvert.calibration.documents import Passage, cut, of_json_lines, of_text, text_of
 from qconvert.errors import (
     CorruptFile,
     DependencyMissing,
@@ -37,23 +36,12 @@ from qconvert.errors import (
 from qconvert.safepath import file_inside, open_regular
 from qconvert.text import human_bytes
 
-SEPARATOR = "<|doc|>"
 TEXT, LINES = (".txt", ".text", ".md", ".rst"), (".jsonl", ".ndjson", ".json")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 MOST = 2_000_000_000
 """Characters looked at of a file or folder: a minute's work. Files share them by size."""
-_LINE_BYTES = 1 << 26
 _DEMO = Path(__file__).parent.parent / "demo"
 _INSTALL = 'pip install "qconvert[datasets]"'
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """Part of a document, in the order of the source."""
-
-    text: str
-    opens: bool
-    """Whether a document begins with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +179,10 @@ def _passages(file: BinaryIO, name: str, size: int) -> Iterator[Passage]:
     stream = gzip.GzipFile(fileobj=file) if name.lower().endswith(".gz") else file
     with _reading(name):
         if suffix(name) in LINES:
-            yield from _of_json_lines(stream, name, size)
+            yield from of_json_lines(stream, name, size)
         else:
             text = io.TextIOWrapper(stream, "utf-8-sig")
-            yield from _of_text(iter(partial(text.readline, size), ""), size)
+            yield from of_text(iter(partial(text.readline, size), ""), size)
             text.detach()
 
 
@@ -210,75 +198,6 @@ def _reading(name: str) -> Iterator[None]:
         raise CorruptFile(f"not a whole gzip file ({e})", file=name) from None
     except OSError as e:
         raise CorruptFile(f"cannot be read ({e.strerror})", file=name) from None
-
-
-def _of_text(lines: Iterator[str], size: int) -> Iterator[Passage]:
-    """Passages of a plain text, whose lines are at most `size` long."""
-    held: list[str] = []
-    length = empty = 0
-    opens, marked = True, False
-    for line in lines:
-        marker = line.strip() == SEPARATOR
-        marked |= marker
-        empty = 0 if line.strip() else empty + 1
-        ends = marker or (empty > 1 and not marked)
-        if ends or length + len(line) > size:
-            if held:
-                yield Passage(_trimmed("".join(held)), opens)
-                opens = False
-            held, length = [], 0
-        if ends:
-            opens = True
-        elif line.strip() or held:
-            held.append(line)
-            length += len(line)
-    if held:
-        yield Passage(_trimmed("".join(held)), opens)
-
-
-def _of_json_lines(stream: Any, name: str, size: int) -> Iterator[Passage]:
-    """Passages of the texts in a file with one JSON object in each line."""
-    number = 0
-    while line := stream.readline(_LINE_BYTES + 1):
-        number += 1
-        if line.strip():
-            where = f"line {number:,} of {name}"
-            row = strictjson.loads(
-                line.removeprefix(b"\xef\xbb\xbf"), file=where, max_bytes=_LINE_BYTES
-            )
-            yield from _cut(_text_of(row, where), size)
-
-
-def _text_of(row: Any, where: str) -> str:
-    """The field `text` of a row, or the only one that is a string."""
-    fields = {k: v for k, v in row.items() if isinstance(v, str)} if isinstance(row, dict) else {}
-    if "text" in fields:
-        return fields["text"]
-    if len(fields) != 1:
-        found = ", ".join(fields) or "none"
-        raise CorruptFile(
-            "no text", file=where, expected="a field `text`, or one string", got=found
-        )
-    return next(iter(fields.values()))
-
-
-def _cut(text: str, size: int) -> Iterator[Passage]:
-    """A document in passages, parted at white space where there is some."""
-    start = 0
-    while start < len(text):
-        end = start + size
-        if end < len(text):
-            space = max(
-                text.rfind(" ", start + size // 2, end), text.rfind("\n", start + size // 2, end)
-            )
-            end = space + 1 if space > 0 else end
-        if passage := _trimmed(text[start:end]):
-            yield Passage(passage, start == 0)
-        start = end
-
-
-def _trimmed(text: str) -> str:
-    return text.rstrip().lstrip("\r\n")
 
 
 # ── the library datasets ─────────────────────────────────────────────────────────────────────
@@ -318,7 +237,7 @@ def _rows(name: str, config: str | None, split: str, size: int) -> Iterator[Pass
             row = next(rows, None)
         if row is None:
             return
-        yield from _cut(_text_of(row, f"row {number:,} of {name}"), size)
+        yield from cut(text_of(row, f"row {number:,} of {name}"), size)
 
 
 @contextmanager

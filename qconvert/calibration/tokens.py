@@ -18,9 +18,10 @@ import numpy as np
 
 from qconvert import tokenizer
 from qconvert.calibration import sampling, texts, tokenfile
+from qconvert.calibration.documents import Passage
 from qconvert.calibration.options import CalibrationOptions, Settings, max_positions, scarcity
 from qconvert.calibration.public import C4, PublicFile
-from qconvert.calibration.texts import Passage, Source
+from qconvert.calibration.texts import Source
 from qconvert.errors import CorruptFile, UnsupportedConfig, UsageError, printable
 from qconvert.types import JSON, Array, Checkpoint
 

@@ -129,7 +129,7 @@ _OWN: dict[str, Parameters] = {
         ("quality", _Quality, "default"),
     ],
 }
-_CALIBRATION: Parameters = [
+CALIBRATION: Parameters = [
     ("calibration", _Calibration, None),
     ("nsamples", _Nsamples, None),
     ("seqlen", _Seqlen, None),
@@ -159,7 +159,7 @@ def register(app: typer.Typer) -> None:
     """Adds the methods' verbs, `bnb` and `plan` to the application."""
     planning = typer.Typer(help="Print what a conversion would write, to the byte; write nothing.")
     for method in registry.METHODS:
-        own = [*_OWN.get(method.verb, []), *(_CALIBRATION if method.calibrated else [])]
+        own = [*_OWN.get(method.verb, []), *(CALIBRATION if method.calibrated else [])]
         _add(app, method.verb, method.summary, [*own, *_PLANNING, *_POURING])
         _add(planning, method.verb, method.summary, [*own, *_PLANNING], dry_run=True)
     for target, more in ((app, _POURING), (planning, [])):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.markup import escape
 
+from qconvert.cli.convert_verbs import CALIBRATION
 from qconvert.cli.loaders import installed, print_loaders, readable
 from qconvert.cli.show import console, print_json, table
 from qconvert.contract import Contract
@@ -21,7 +22,8 @@ def show(methods: Sequence[MethodInfo], contracts: Sequence[Contract], json: boo
     rows = table("method", "bits", "format", "what it is, and its own options")
     for method in methods:
         bits = " ".join(map(str, method.bits))
-        names = " ".join("--" + name.replace("_", "-") for name in method.options)
+        own = [*method.options, *(name for name, _, _ in CALIBRATION if method.calibrated)]
+        names = " ".join("--" + name.replace("_", "-") for name in own)
         what = escape(method.summary) + (f"\n[dim]{names}[/]" if names else "")
         rows.add_row(f"[bold]{method.verb}[/]", bits, method.format, what)
     out.print(rows)

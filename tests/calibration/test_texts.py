@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from qconvert import errors
-from qconvert.calibration import texts
-from qconvert.calibration.texts import Passage, open_source
+from qconvert.calibration import documents, texts
+from qconvert.calibration.documents import Passage
+from qconvert.calibration.texts import open_source
 
 ELSEWHERE = Path("/nowhere")
 """The model's folder: not the demo's."""
@@ -25,7 +26,7 @@ def passages(path: Path | str, size: int = 1000) -> list[Passage]:
     return list(open_source(str(path), ELSEWHERE).passages(size))
 
 
-def documents(path: Path | str, size: int = 1000) -> list[str]:
+def whole(path: Path | str, size: int = 1000) -> list[str]:
     """The documents of a source, put together again."""
     found: list[str] = []
     for passage in passages(path, size):
@@ -63,7 +64,7 @@ PLAIN = {
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".txt.gz", "", ".TXT"])
 def test_plain_text(name: str, suffix: str, tmp_path: Path) -> None:
     text, expected = PLAIN[name]
-    assert documents(write(tmp_path / f"x{suffix}", text)) == expected
+    assert whole(write(tmp_path / f"x{suffix}", text)) == expected
 
 
 ROWS = {
@@ -83,7 +84,7 @@ ROWS = {
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".json.gz"])
 def test_json_lines(name: str, suffix: str, tmp_path: Path) -> None:
     lines, expected = ROWS[name]
-    assert documents(write(tmp_path / f"x{suffix}", "\n".join(lines))) == expected
+    assert whole(write(tmp_path / f"x{suffix}", "\n".join(lines))) == expected
 
 
 BROKEN: dict[str, tuple[str, bytes, str]] = {
@@ -135,7 +136,7 @@ def test_memory_is_bounded_by_the_passage(tmp_path: Path, monkeypatch: pytest.Mo
     tracemalloc.stop()
     assert count == 2000
     assert peak < 2_000_000
-    monkeypatch.setattr(texts, "_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(documents, "MAX_LINE", 1 << 20)
     with pytest.raises(errors.CorruptFile, match="too large"):
         passages(tmp_path / "bomb.jsonl.gz")
 
@@ -154,7 +155,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     write(tmp_path / ".git" / "x.txt", "no")
     source = open_source(str(tmp_path), ELSEWHERE)
     assert (source.kind, source.name, source.endless) == ("folder", tmp_path.name, False)
-    assert documents(tmp_path) == ["one", "two", "three", "four"]
+    assert whole(tmp_path) == ["one", "two", "three", "four"]
 
 
 def test_a_folder_without_text(tmp_path: Path) -> None:
@@ -167,13 +168,13 @@ def test_links_stay_inside_a_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     write(tmp_path / "folder" / "real.txt", "one")
     (tmp_path / "folder" / "also.txt").symlink_to("real.txt")
-    assert documents(tmp_path / "folder") == ["one", "one"]
+    assert whole(tmp_path / "folder") == ["one", "one"]
     write(tmp_path / "secret.txt", "password")
     (tmp_path / "folder" / "zz.txt").symlink_to(tmp_path / "secret.txt")
     with pytest.raises(errors.UnsafePath, match=r"zz\.txt"):
         open_source(str(tmp_path / "folder"), ELSEWHERE)
     (tmp_path / "link.txt").symlink_to(tmp_path / "secret.txt")
-    assert documents(tmp_path / "link.txt") == ["password"]  # the user's own choice
+    assert whole(tmp_path / "link.txt") == ["password"]  # the user's own choice
 
 
 def test_a_long_text_is_looked_at_in_every_file(

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from qconvert import errors
 from qconvert.calibration import sampling
+from qconvert.calibration.documents import Passage
 from qconvert.calibration.options import CalibrationOptions, max_positions, scarcity
-from qconvert.calibration.texts import Passage
 from qconvert.calibration.tokenfile import open_ids
 from qconvert.calibration.tokens import describe, read_tokens
 from qconvert.source import open_checkpoint
