@@ -47,13 +47,14 @@ def render(manifest: JSON, checkpoint: Checkpoint) -> bytes:
 
 def _front_matter(manifest: JSON, checkpoint: Checkpoint) -> JSON:
     source, method = manifest["source"], manifest["method"]
+    bits = f"{method['bits']}-bit"
     return {
         "base_model": source["repo_id"] or source["name"],
         "base_model_relation": "quantized",
         "library_name": "transformers",
         **_carried(checkpoint),
         "quantized_by": "qconvert",
-        "tags": ["qconvert", manifest["container"], method["verb"], f"{method['bits']}-bit"],
+        "tags": list(dict.fromkeys(["qconvert", manifest["container"], method["verb"], bits])),
     }
 
 
@@ -134,7 +135,7 @@ def _calibration(manifest: JSON) -> list[str]:
     rows = "\n".join(f"| {_code(layer['name'])} | {layer['error']:.3g} |" for layer in worst)
     revision = f" at {printable(text['revision'])}" if text["revision"] else ""
     passes = found["epochs"]
-    tuning = f"{passes} passes" if passes else "none"
+    tuning = f"{passes} pass{'es' if passes > 1 else ''}" if passes else "none"
     if figures["end_to_end"]:
         tuning += ", then end to end against the full-precision model's distribution"
     return [

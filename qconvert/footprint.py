@@ -34,6 +34,8 @@ _MICRO_TOKENS = 8192
 """Of one pass through a block (`FinetuneConfig.micro_tokens`), or one sample if that is longer."""
 _ACTIVATION_COPIES = 3
 """Of what a block's layers read and write: forward, backward, and the full-precision block's."""
+_TUNED_BYTES = 16
+"""A number that is tuned: itself, Adam's two moments, and the best so far."""
 _ACTIVATION_FILES = 3
 """Inputs of a block, its full-precision outputs, inputs of the next block."""
 
@@ -88,8 +90,19 @@ def peak_bytes(entries: Sequence[PlanEntry], threads: int, need: Calibrating | N
 
 
 def working_bytes(entries: Sequence[PlanEntry], need: Calibrating, dtype: str) -> int:
-    """Disk that calibration takes beside the result: solved tensors, and hidden states."""
-    solved = sum(e.nbytes for e in entries if e.action in (Action.QUANTIZE, Action.TUNE))
+    """Disk that calibration takes beside the result: solved tensors, and hidden states.
+
+    Of the block at work the layers are kept too until it is done. Tuning end to end keeps all of
+    its results beside those of the blocks, and where it stands, twice while that is written.
+    """
+    decided = [e for e in entries if e.action in (Action.QUANTIZE, Action.TUNE)]
+    solved = sum(entry.nbytes for entry in decided)
+    blocks = (sum(entry.nbytes for entry in members) for members in _by_block(decided, need))
+    solved += max(blocks, default=0)
+    if need.settings.get("tune", "none") != "none":
+        specs = [spec for entry in decided for spec in entry.outputs]
+        tuned = sum(prod(spec.shape) for spec in specs if not spec.name.endswith(".codes"))
+        solved += sum(entry.nbytes for entry in decided) + 2 * _TUNED_BYTES * tuned
     hidden = need.size("hidden_size", "n_embd", "d_model")
     return solved + _ACTIVATION_FILES * need.tokens * hidden * ITEMSIZE[dtype]
 

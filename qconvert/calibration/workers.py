@@ -16,6 +16,8 @@ from typing import TypeVar
 Job = TypeVar("Job")
 
 _WAKE_SECONDS = 0.1
+_AGAIN_SECONDS = 2.0
+"""After which a thread that runs on is told once more: it may have been where nobody listens."""
 
 
 class _Stop(BaseException):
@@ -67,4 +69,4 @@ def _stop(thread: threading.Thread) -> None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread.ident), ctypes.py_object(_Stop)
         )
-        thread.join(_WAKE_SECONDS)
+        thread.join(_AGAIN_SECONDS)
