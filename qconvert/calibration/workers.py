@@ -35,6 +35,7 @@ def share_out(
     waiting = iter(jobs)
     lock = threading.Lock()
     failures: list[BaseException] = []
+    idle = threading.Semaphore(0)
 
     def serve(device: str) -> None:
         try:
@@ -48,14 +49,18 @@ def share_out(
             return
         except BaseException as error:  # noqa: BLE001 - raised again by the caller
             failures.append(error)
+        finally:
+            idle.release()
 
     threads = [threading.Thread(target=serve, args=(device,), daemon=True) for device in devices]
     try:
         for thread in threads:
             thread.start()
-        while any(thread.is_alive() for thread in threads) and not failures:
-            for thread in threads:  # short waits: Python runs signal handlers in this thread
-                thread.join(_WAKE_SECONDS)
+        left = len(threads)
+        while left and not failures:
+            # Short waits, since Python runs signal handlers in this thread; and none of `join`,
+            # which an exception makes believe that the thread has ended (bpo-45274).
+            left -= idle.acquire(timeout=_WAKE_SECONDS)
     finally:
         for thread in threads:
             _stop(thread)
