@@ -4,7 +4,8 @@ The block is a Llama block with generated weights; what it reads are generated a
 variance falls along random directions, as a trained model's does. What is timed is what a
 conversion does with a block, by the functions that it does it with: the pass that gives Hessians
 and targets, the layers, fine-tuning, and the pass that gives the next block's inputs. Time to 7 B
-is 32 times that; reading weights and writing codes overlap or take seconds.
+is 32 times that; reading weights and writing codes take seconds. At full size the activations
+need 13 GB of temporary disk space.
 
 Without a GPU the same code runs on a small block on the CPU, which shows that it runs and nothing
 about a GPU; one codebook has 4096 vectors there, since a small layer has no use for 65,536.
@@ -42,7 +43,7 @@ MAX_HOURS, MAX_BYTES = 1.0, 16e9
 PHASES = {
     "k-means": "initial codebooks",
     "feedback": "codes, first pass",
-    "codes": "codes, descent",
+    "codes": "codes, refined",
     "codebooks": "codebooks and scales",
     "scales": "codebooks and scales",
     "rounding": "codebooks and scales",
@@ -199,26 +200,29 @@ def _solve(
             config,
             on_step=lambda stage, _: meter.lap(PHASES.get(stage, stage)),
         )
-        meter.lap("codebooks and scales")
+        meter.lap("error of the result")
         print(f"{path} {list(weight.shape)} {scheme}: error {solved[path].error:.4f}", flush=True)
     return solved
 
 
-def show(scheme: str, meter: Meter, table: Table) -> Cost:
-    """A row for each phase and one for all; returns that one."""
+def show(scheme: str, meter: Meter, table: Table, *, real: bool) -> Cost:
+    """A row for each phase and one for all; returns that one.
+
+    The last column is filled for a `real` block.
+    """
     whole = Cost()
     for phase, cost in meter.costs.items():
-        _add_row(table, scheme, phase, cost)
+        _add_row(table, scheme, phase, cost, real)
         whole.cpu += cost.cpu
         whole.wall += cost.wall
         whole.peak = max(whole.peak, cost.peak)
-    _add_row(table, scheme, "**all**", whole)
+    _add_row(table, scheme, "**all**", whole, real)
     return whole
 
 
-def _add_row(table: Table, scheme: str, phase: str, cost: Cost) -> None:
+def _add_row(table: Table, scheme: str, phase: str, cost: Cost, real: bool) -> None:
     peak = f"{cost.peak / 1e9:.2f}" if cost.peak else ""
-    minutes = f"{BLOCKS * cost.wall / 60:.1f}"
+    minutes = f"{BLOCKS * cost.wall / 60:.1f}" if real else ""
     table.add(scheme, phase, f"{cost.cpu:.2f}", f"{cost.wall:.2f}", peak, minutes)
 
 
@@ -248,6 +252,7 @@ def main(options: argparse.Namespace) -> None:
         f"hidden {options.hidden}, intermediate {options.intermediate}, {options.nsamples} samples "
         f"of {options.seqlen} tokens, quality {options.quality}\n"
     )
+    real = device.type == "cuda" and (options.hidden, options.intermediate) == REAL
     targets, meters = Targets(), {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -257,9 +262,9 @@ def main(options: argparse.Namespace) -> None:
     print()
     table = Table(*COLUMNS)
     for scheme, meter in meters.items():
-        whole = show(scheme, meter, table)
+        whole = show(scheme, meter, table, real=real)
         hours = BLOCKS * whole.wall / 3600
-        if device.type == "cuda" and (options.hidden, options.intermediate) == REAL:
+        if real:
             targets.add(
                 f"7 B at {scheme} in ≤ {MAX_HOURS:g} h", hours <= MAX_HOURS, f"{hours:.2f} h"
             )

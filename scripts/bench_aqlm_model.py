@@ -155,8 +155,8 @@ def line(points: Sequence[tuple[float, float]], bits: float) -> float | None:
 
 def judge(rows: dict[str, Row], targets: Targets) -> None:
     """AQLM below HQQ's line, and fine-tuning that helps."""
-    known = [rows[name] for name in LINE if name in rows]
-    points = sorted((row.bits, row.mean_kl) for row in known)
+    hqq = {name: row for name, row in rows.items() if name.startswith("HQQ")}
+    points = [(hqq[name].bits, hqq[name].mean_kl) for name in LINE if name in hqq]
     for label, row in rows.items():
         if not label.startswith("AQLM") or len(points) < 2:
             continue
@@ -167,10 +167,11 @@ def judge(rows: dict[str, Row], targets: Targets) -> None:
                 row.mean_kl < bound,
                 f"{what} ({row.mean_kl / bound:.2f} of it)",
             )
-        elif row.bits < points[0][0]:
+        else:
+            near = sorted(hqq.items(), key=lambda item: abs(item[1].bits - row.bits))[:2]
+            beside = " and ".join(f"{n} ({r.bits:.2f} bits, KL {r.mean_kl:.4f})" for n, r in near)
             print(
-                f"\n{label}: {row.bits:.2f} bits, fewer than any HQQ point here "
-                f"(the nearest: {points[0][0]:.2f} bits, KL {points[0][1]:.4f})."
+                f"\n{label}, {row.bits:.2f} bits, is off the ends of the line; nearest: {beside}."
             )
     if TUNED in rows and LAYERS_ONLY in rows:
         gain = rows[LAYERS_ONLY].kl - rows[TUNED].kl

@@ -15,7 +15,7 @@ import torch
 from scripts import bench_aqlm_layers as layers
 from scripts import bench_aqlm_reference as reference
 from scripts.bench_aqlm_common import Table, Targets, random_windows, windows
-from scripts.bench_aqlm_model import line
+from scripts.bench_aqlm_model import LAYERS_ONLY, TUNED, Row, judge, line
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "bench_aqlm"
 SMALL = reference.Settings(2, 4, kmeans_iterations=10, steps_per_epoch=20, max_epochs=4)
@@ -115,6 +115,21 @@ def test_the_line_through_points_is_straight_in_the_logarithm() -> None:
     assert line(points, 4.0) == pytest.approx(0.05)
     assert line(points, 1.9) is None
     assert line(points, 4.1) is None
+
+
+def test_a_point_above_the_line_and_tuning_that_harms_are_missed() -> None:
+    def row(bits: float, kl: float) -> Row:
+        by_window = kl + torch.arange(4, dtype=torch.float64) / 1e4
+        return Row(bits, by_window, 0.9, torch.full((4,), 3.0, dtype=torch.float64))
+
+    hqq = {"HQQ 2 bits g64": row(2.5, 0.2), "HQQ 2 bits g32": row(3.0, 0.1)}
+    good, bad, off = row(2.75, 0.05), row(2.75, 0.18), row(1.4, 0.3)
+    targets = Targets()
+    judge(hqq | {LAYERS_ONLY: good, TUNED: bad, "AQLM 1x8g8": off}, targets)
+    assert targets.met == [True, False, False]  # a point off the line's ends is not judged
+    targets = Targets()
+    judge(hqq | {LAYERS_ONLY: bad, TUNED: good}, targets)
+    assert targets.met == [False, True, True]
 
 
 def test_windows_hold_the_models_tokens(demo: Path) -> None:
