@@ -385,3 +385,24 @@ def test_restart_begins_anew(model: Path, tmp_path: Path) -> None:
     assert list(work.iterdir())
     with Staging(tmp_path / "out", "another plan").open(restart=True):
         assert not list(work.iterdir())
+
+
+# ── any decoder ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("qwen2", 14), ("mistral", 14), ("gemma2", 14), ("phi3", 8), ("opt", 12), ("gpt-neox", 8),
+        ("mixtral", 8), ("qwen3-moe", 8), ("llama-untied", 14), ("vlm", 14), ("mamba", 2),
+    ],
+)  # fmt: skip
+def test_every_layer_of_any_decoder(kind: str, layers: int, tmp_path: Path) -> None:
+    model = source(tmp_path, kind, "bfloat16")
+    result = convert(request(model, tmp_path / "out", skip=None))
+    assert result.figures is not None
+    assert len(result.figures.layers()) == layers
+    for block in result.figures.blocks:
+        assert block.tuning is not None
+        assert block.tuning.after < block.tuning.before
