@@ -269,7 +269,15 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name in ("short states", "half a file") else []
+        )
+        for name in DAMAGE
+    ],
+)
 def test_what_is_damaged_is_done_again_and_the_rest_is_kept(
     damage: str, model: Path, done: tuple[Result, list[Event]], tmp_path: Path
 ) -> None:
