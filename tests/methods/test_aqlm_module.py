@@ -56,7 +56,8 @@ def test_weight_and_gradient_are_those_of_the_definition(
     expected.backward(upstream.double())
     layer.weight.backward(upstream)
     for ours, theirs in ((layer.codebooks, codebooks), (layer.scales, scales)):
-        assert ours.grad is not None and theirs.grad is not None
+        assert ours.grad is not None
+        assert theirs.grad is not None
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)
 
 
@@ -132,8 +133,9 @@ def test_a_row_of_scale_zero_has_a_finite_gradient() -> None:
     with torch.no_grad():
         layer.scales[3] = 0
     layer(torch.ones(1, 48)).sum().backward()
-    assert layer.scales.grad is not None and layer.codebooks.grad is not None
-    assert layer.scales.grad.isfinite().all() and layer.codebooks.grad.isfinite().all()
+    for parameter in (layer.scales, layer.codebooks):
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
 
 
 def test_linears_are_replaced_by_path_and_keep_their_bias() -> None:
@@ -144,8 +146,10 @@ def test_linears_are_replaced_by_path_and_keep_their_bias() -> None:
     }
     bias = block[0].bias.detach().clone()
     made = replace_linears(block, results, torch.float16)
-    assert aqlm_layers(block) == made and list(made) == ["0", "1.0"]
-    assert torch.equal(made["0"].bias, bias) and made["1.0"].bias is None
+    assert aqlm_layers(block) == made
+    assert list(made) == ["0", "1.0"]
+    assert torch.equal(made["0"].bias, bias)
+    assert made["1.0"].bias is None
     assert block(torch.ones(2, 48)).shape == (2, 48)
     assert set(stored(block, torch.float16, ["0.bias"])) == {
         "0.codes", "0.codebooks", "0.scales", "0.bias", "1.0.codes", "1.0.codebooks", "1.0.scales",
