@@ -38,6 +38,12 @@ _TUNED_BYTES = 16
 """A number that is tuned: itself, Adam's two moments, and the best so far."""
 _ACTIVATION_FILES = 3
 """Inputs of a block, its full-precision outputs, inputs of the next block."""
+_TEACHER_FILES = 2
+"""The full-precision model's, from block to block, for the stage after the last block."""
+_LEARNER_BYTES = 24
+"""Of each number that is tuned: value, gradient, two moments, the best so far, its rounding."""
+_LOGIT_TOKENS = 256
+"""Whose logits the last stage holds at once, three times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +53,21 @@ class Calibrating:
     structure: Structure
     blocks: Blocks
     settings: JSON
-    """`nsamples` and `seqlen`, where they are known."""
+    """`nsamples`, `seqlen` and `tune`, where they are known."""
     config: JSON
 
     @property
     def seqlen(self) -> int:
         return int(self.settings.get("seqlen") or 0)
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether all blocks are tuned at once after the last one."""
+        return self.settings.get("tune") == "kl"
+
+    @property
+    def hidden(self) -> int:
+        return self.size("hidden_size", "n_embd", "d_model")
 
     @property
     def tokens(self) -> int:
@@ -85,7 +100,10 @@ def peak_bytes(entries: Sequence[PlanEntry], threads: int, need: Calibrating | N
     pouring = threads * (tile * _TILE_BYTES_PER_ELEMENT + kept)
     if need is None:
         return _RUNTIME_BYTES + headers + pouring
-    solving = max(_block_bytes(members, need) for members in _by_block(entries, need))
+    blocks = _by_block(entries, need)
+    solving = max(_block_bytes(members, need) for members in blocks)
+    if need.end_to_end:
+        solving = max(solving, _end_to_end_bytes(entries, blocks, need))
     return _RUNTIME_BYTES + headers + _TORCH_BYTES + max(pouring, solving)
 
 
@@ -99,12 +117,12 @@ def working_bytes(entries: Sequence[PlanEntry], need: Calibrating, dtype: str) -
     solved = sum(entry.nbytes for entry in decided)
     blocks = (sum(entry.nbytes for entry in members) for members in _by_block(decided, need))
     solved += max(blocks, default=0)
-    if need.settings.get("tune", "none") != "none":
-        specs = [spec for entry in decided for spec in entry.outputs]
-        tuned = sum(prod(spec.shape) for spec in specs if not spec.name.endswith(".codes"))
-        solved += sum(entry.nbytes for entry in decided) + 2 * _TUNED_BYTES * tuned
-    hidden = need.size("hidden_size", "n_embd", "d_model")
-    return solved + _ACTIVATION_FILES * need.tokens * hidden * ITEMSIZE[dtype]
+    files = _ACTIVATION_FILES
+    if need.end_to_end:
+        files += _TEACHER_FILES
+        solved += sum(entry.nbytes for entry in decided)
+        solved += 2 * _TUNED_BYTES * _counts(decided)[1]
+    return solved + files * need.tokens * need.hidden * ITEMSIZE[dtype]
 
 
 def _by_block(entries: Sequence[PlanEntry], need: Calibrating) -> list[list[PlanEntry]]:
@@ -125,8 +143,8 @@ def _block_bytes(members: Sequence[PlanEntry], need: Calibrating) -> int:
     Solving a layer: the largest Hessian twice more (damped, and its factor), six times the largest
     layer, and the scores of candidates.
 
-    Tuning: codes as int64; the weight of every layer dequantized, and its gradient; value,
-    gradient and two moments of each number that is tuned; three times the activations at both
+    Tuning: codes as int64; the weight of every layer dequantized, and its gradient; what is kept
+    of each number that is tuned; three times the activations at both
     ends of each layer, and the attention scores of one sample.
     """
     layers: list[Any] = [entry.layer for entry in members if entry.layer is not None]
@@ -138,17 +156,40 @@ def _block_bytes(members: Sequence[PlanEntry], need: Calibrating) -> int:
     largest: int = 4 * max(layer.out_features * layer.in_features for layer in layers)
     solving = 8 * max(widths) ** 2 + _LAYER_COPIES * largest + _SCORES_BYTES
 
-    codes = tuned = 0
-    for entry in members:
-        for spec in entry.outputs:
-            if entry.layer is not None and spec.name.endswith(".codes"):
-                codes += prod(spec.shape)
-            elif entry.layer is not None or entry.action is Action.TUNE:
-                tuned += prod(spec.shape)
+    codes, tuned = _counts(members)
     tokens = max(_MICRO_TOKENS, need.seqlen)
     ends: int = sum(layer.in_features + layer.out_features for layer in layers)
     heads = need.size("num_attention_heads", "n_head")
     activations = 4 * tokens * (ends + heads * need.seqlen)
     quantized: int = sum(layer.out_features * layer.in_features for layer in layers)
-    tuning = 8 * (codes + quantized) + 16 * tuned + _ACTIVATION_COPIES * activations
+    tuning = 8 * (codes + quantized) + _LEARNER_BYTES * tuned + _ACTIVATION_COPIES * activations
     return weights + hessians + max(solving, tuning)
+
+
+def _end_to_end_bytes(
+    entries: Sequence[PlanEntry], blocks: Sequence[Sequence[PlanEntry]], need: Calibrating
+) -> int:
+    """Memory of the stage that tunes all blocks at once.
+
+    All codes, with their order (6 bytes each), and what is kept of each number that is tuned; in
+    float32 what else the model holds, twice, a hidden state of each block and token, and
+    logits; and one block as it is while it is tuned.
+    """
+    codes, tuned = _counts(entries)
+    others = 4 * sum(entry.tensor.numel for entry in entries if entry.layer is None)
+    hidden = 4 * len(blocks) * max(_MICRO_TOKENS, need.seqlen) * need.hidden
+    logits = 3 * 4 * _LOGIT_TOKENS * need.size("vocab_size")
+    block = max(_block_bytes(members, need) for members in blocks)
+    return 6 * codes + _LEARNER_BYTES * tuned + 2 * others + hidden + logits + block
+
+
+def _counts(entries: Sequence[PlanEntry]) -> tuple[int, int]:
+    """How many codes there are, and how many numbers that are tuned."""
+    codes = tuned = 0
+    for entry in entries:
+        for spec in entry.outputs:
+            if entry.layer is not None and spec.name.endswith(".codes"):
+                codes += prod(spec.shape)
+            elif entry.layer is not None or entry.action is Action.TUNE:
+                tuned += prod(spec.shape)
+    return codes, tuned

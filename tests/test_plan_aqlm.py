@@ -219,6 +219,8 @@ def test_disk_holds_solved_tensors_and_activations(sources: dict[str, Path]) -> 
     bare = plan_aqlm(sources["llama"], calibration={})
     assert bare.disk_bytes >= bare.total_bytes + solved
     assert plan.disk_bytes - bare.disk_bytes == hidden_states
+    tuned = plan_aqlm(sources["llama"], calibration={**SETTINGS, "tune": "kl"})
+    assert tuned.disk_bytes >= plan.disk_bytes + solved + hidden_states * 2 // 3
 
 
 def test_memory_grows_with_the_block_and_the_sequence(
@@ -230,6 +232,7 @@ def test_memory_grows_with_the_block_and_the_sequence(
     small = sources["llama"]
     assert peak(small, seqlen=65536) > peak(small)
     assert peak(small, nsamples=10_000) == peak(small)  # they lie on disk
+    assert peak(small, tune="kl") > peak(small)
     wide = llama(tmp_path, hidden_size=512, intermediate_size=1024, num_key_value_heads=8)
     assert peak(wide) > peak(small)
 
