@@ -57,7 +57,8 @@ def make(name: str, number: int) -> None:
     state = {f"linear.{key}": tensor.clone() for key, tensor in layer.state_dict().items()}
 
     wide = layer.float()
-    dequantized = _dequantize_weight(unpack_int_data(wide.codes, nbits), wide.codebooks, wide.scales)
+    codes = unpack_int_data(wide.codes, nbits)
+    dequantized = _dequantize_weight(codes, wide.codebooks, wide.scales)
     with torch.inference_mode():
         columns = wide(torch.eye(IN))  # last: it leaves the codes of 8-bit codebooks transposed
     case = GOLDEN / name

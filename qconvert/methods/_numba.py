@@ -8,9 +8,9 @@ from typing import Any
 from numba import njit
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+def kernel(function: Callable[..., Any], *, fastmath: bool = False) -> Callable[..., Any]:
     """Compiles a function when it is first called, and keeps the result on disk if it can."""
-    options = {"nogil": True, "error_model": "numpy"}
+    options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
     try:
         compiled: Callable[..., Any] = njit(function, cache=True, **options)
     except RuntimeError:  # numba refuses `cache` where no folder for it is writable

@@ -9,10 +9,13 @@ allows), and `fastmath` lets minima be taken lane by lane.
 
 from __future__ import annotations
 
-import numba
+from functools import partial
+
 import numpy as np
 
-_kernel = numba.njit(fastmath=True, nogil=True, cache=True)
+from qconvert.methods._numba import kernel
+
+_kernel = partial(kernel, fastmath=True)
 _BIG = np.float32(3e38)
 _LANES = 32
 CHUNK = 256
