@@ -19,6 +19,7 @@ _kernel = partial(kernel, fastmath=True)
 _BIG = np.float32(3e38)
 _LANES = 32
 CHUNK = 256
+_TARGETS = 32
 
 
 @_kernel
@@ -36,30 +37,19 @@ def _insert(costs, ids, width, cost, index):
 @_kernel
 def _distances(target, book, norms, out):
     """out[k] = ‖b_k‖² − 2 target · b_k for the vectors b_k of a book [g, size]."""
-    if len(target) < 8:
-        _continue_4(target, book, norms, out)
+    if len(target) == 8:
+        for k in range(len(out)):
+            product = target[0] * book[0, k]
+            for d in range(1, 8):
+                product += target[d] * book[d, k]
+            out[k] = norms[k] - 2 * product
         return
-    _continue_8(target[:8], book[:8], norms, out)
-    for d in range(8, len(target) - 7, 8):
-        _continue_8(target[d : d + 8], book[d : d + 8], out, out)
-
-
-@_kernel
-def _continue_4(target, book, before, out):
     for k in range(len(out)):
-        product = target[0] * book[0, k]
-        for d in range(1, 4):
-            product += target[d] * book[d, k]
-        out[k] = before[k] - 2 * product
-
-
-@_kernel
-def _continue_8(target, book, before, out):
-    for k in range(len(out)):
-        product = target[0] * book[0, k]
-        for d in range(1, 8):
-            product += target[d] * book[d, k]
-        out[k] = before[k] - 2 * product
+        out[k] = norms[k]
+    for d in range(len(target)):
+        twice, row = 2 * target[d], book[d]
+        for k in range(len(out)):
+            out[k] -= twice * row[k]
 
 
 @_kernel
@@ -71,22 +61,13 @@ def _square(target):
 
 
 @_kernel
-def _minima(distances, lanes):
-    """The least of every _LANES-th distance; their number is a multiple of _LANES."""
-    rows = distances.reshape(-1, _LANES)
-    lanes[:] = rows[0]
-    for r in range(1, len(rows)):
-        row = rows[r]
-        for lane in range(_LANES):
-            lanes[lane] = row[lane] if row[lane] < lanes[lane] else lanes[lane]
-
-
-@_kernel
 def _sort_in(distances, offset, width, costs, ids):
     """Sorts a chunk of distances into the `width` best so far."""
+    limit = costs[width - 1]
     for k in range(len(distances)):
-        if distances[k] < costs[width - 1]:
+        if distances[k] < limit:
             _insert(costs, ids, width, distances[k], offset + k)
+            limit = costs[width - 1]
 
 
 @_kernel
@@ -96,48 +77,89 @@ def nearest(targets, book, norms, codes, costs):
     chunks, _, chunk = book.shape
     distances = np.empty(chunk, np.float32)
     costs[:] = _BIG
-    for i in range(count):
-        target = targets[i]
+    for first in range(0, count, _TARGETS):  # a chunk stays in the first cache meanwhile
+        last = min(first + _TARGETS, count)
         for c in range(chunks):
-            _distances(target, book[c], norms[c], distances)
-            _sort_in(distances, c * chunk, width, costs[i], codes[i])
-        own = _square(target)
-        for w in range(width):
-            costs[i, w] += own
+            part, squares, offset = book[c], norms[c], c * chunk
+            for i in range(first, last):
+                _distances(targets[i], part, squares, distances)
+                limit = costs[i, width - 1]
+                if width == 1:
+                    for k in range(chunk):
+                        if distances[k] < limit:
+                            limit = distances[k]
+                            codes[i, 0] = offset + k
+                    costs[i, 0] = limit
+                elif _any_under(distances, limit):
+                    _sort_in(distances, offset, width, costs[i], codes[i])
+        for i in range(first, last):
+            own = _square(targets[i])
+            for w in range(width):
+                costs[i, w] += own
 
 
 @_kernel
-def _smallest(distances, expand, near, lanes, order):
-    """Indices of the `expand` smallest of a chunk, in ascending order of index.
+def _any_under(distances, limit):
+    under = np.float32(0)
+    for k in range(len(distances)):
+        gap = limit - distances[k]
+        under += gap if gap > 0 else np.float32(0)
+    return under > 0
 
-    The `expand`-th smallest of the lanes' minima is no smaller than the `expand`-th smallest of
-    all: few are under it, and of those the largest are dropped.
+
+@_kernel
+def _limit(distances, count, lanes, ranks):
+    """A number that few more than `count` of CHUNK distances are no larger than.
+
+    The `count`-th smallest of the minima of _LANES interleaved runs is no smaller than the
+    `count`-th smallest of all.
     """
+    for k in range(_LANES):
+        a, b, c, d = distances[k], distances[32 + k], distances[64 + k], distances[96 + k]
+        a, c = a if a < b else b, c if c < d else d
+        a = a if a < c else c
+        b, c, d, e = distances[128 + k], distances[160 + k], distances[192 + k], distances[224 + k]
+        b, d = b if b < c else c, d if d < e else e
+        b = b if b < d else d
+        lanes[k] = a if a < b else b
+    _rank(lanes, _LANES, ranks)
+    for k in range(_LANES):
+        if ranks[k] == count - 1:
+            return lanes[k]
+    return _BIG
+
+
+@_kernel
+def _rank(values, count, ranks):
+    """How many of the values each comes after, in ascending order; of equal ones the first wins."""
+    ranks[:count] = 0
+    for m in range(count):
+        value = values[m]
+        for k in range(m):
+            ranks[k] += np.float32(1) if value < values[k] else np.float32(0)
+        for k in range(m + 1, count):
+            ranks[k] += np.float32(1) if value <= values[k] else np.float32(0)
+
+
+@_kernel
+def _smallest(distances, expand, near, values, ranks):
+    """Indices of the `expand` smallest of a chunk, in ascending order of index."""
     size = len(distances)
     limit = _BIG
-    if expand <= _LANES < size:
-        _minima(distances, lanes)
-        costs = order[:expand]
-        costs[:] = _BIG
-        for lane in range(_LANES):
-            if lanes[lane] < costs[expand - 1]:
-                at = expand - 1
-                while at > 0 and costs[at - 1] > lanes[lane]:
-                    costs[at] = costs[at - 1]
-                    at -= 1
-                costs[at] = lanes[lane]
-        limit = costs[expand - 1]
+    if size == CHUNK and expand <= _LANES:
+        limit = _limit(distances, expand, values, ranks)
     count = 0
     for k in range(size):
         near[count] = k
         count += distances[k] <= limit
-    while count > expand:
-        worst = 0
-        for e in range(1, count):
-            worst = e if distances[near[e]] >= distances[near[worst]] else worst
-        for e in range(worst, count - 1):
-            near[e] = near[e + 1]
-        count -= 1
+    if count > expand:
+        for e in range(count):
+            values[e] = distances[near[e]]
+        _rank(values, count, ranks)
+        kept = 0
+        for e in range(count):
+            near[kept] = near[e]
+            kept += ranks[e] < expand
 
 
 @_kernel
@@ -155,13 +177,13 @@ def pair(targets, first, second, cross, norms_first, norms_second, expand, codes
     low = np.empty(size, np.float32)
     near = np.empty(first.shape[1] + 1, np.int32)
     ids = np.empty(width, np.int32)
-    lanes = np.empty(_LANES, np.float32)
-    order = np.empty(_LANES, np.float32)
+    values = np.empty(first.shape[1], np.float32)
+    ranks = np.empty(first.shape[1], np.float32)
     costs[:] = _BIG
     for i in range(count):
         _distances(targets[i], first, norms_first, base)
         _distances(targets[i], second, norms_second, sums)
-        _smallest(base, expand, near, lanes, order)
+        _smallest(base, expand, near, values, ranks)
         low[:] = _BIG
         for e in range(0, expand, 4):  # four rows at a time: `low` is read and written less often
             r0, b0 = cross[near[e]], base[near[e]]
