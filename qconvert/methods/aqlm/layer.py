@@ -53,7 +53,7 @@ EFFORTS = {
     "default": Effort(beam=2, rounds=3, window=4, window_beam=2, k_means=5, points=32, gain=0.01),
     "best": Effort(beam=8, rounds=6, window=8, window_beam=3, k_means=6, points=48, gain=0.003),
 }
-DAMPING = 0.03
+DAMPING = 0.05
 LS_STEPS = 8
 
 
