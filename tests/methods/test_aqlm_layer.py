@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -322,6 +323,23 @@ def test_zero_rows_and_more_vectors_than_groups() -> None:
     result = quantize_layer(weight, hessian, LayerConfig(1, 8))  # 64 groups, 256 vectors
     assert result.error < 1e-4
     assert dequantized(result)[3].abs().max() < 1e-3 * weight.abs().max()
+
+
+def test_rows_whose_scale_becomes_zero() -> None:
+    weight, hessian = random_layer(13, out_features=48, in_features=64)
+    weight[5] = 0
+    result = quantize_layer(weight, hessian, LayerConfig(3, 4))
+    assert result.scales[5] == 0
+    assert int(result.codes.max()) < 16
+    assert (dequantized(result)[5] == 0).all()
+    assert result.error < 0.1
+
+
+def test_a_scale_that_the_dtype_does_not_hold() -> None:
+    weight, hessian = random_layer(13)
+    result = quantize_layer(1e6 * weight, hessian, LayerConfig(2, 4, dtype=torch.float16))
+    assert math.isnan(result.error)
+    assert any("rounding: not finite" in note for note in result.notes)
 
 
 def test_what_is_not_finite_is_refused() -> None:

@@ -48,7 +48,8 @@ def k_best(
     """
     rows, width = target.shape
     books, _, g = codebooks.shape
-    groups, wide = width // g, scales[:, None, None]
+    groups = width // g
+    wide = torch.where(scales == 0, 1, scales)[:, None, None]  # of a row of zeros: any codes do
     loss = target.new_zeros(rows, 1)
     feedback = target.new_zeros(rows, 1, width)
     codes = torch.zeros((rows, 1, groups, books), dtype=torch.int64, device=target.device)

@@ -178,7 +178,8 @@ class _Alternation:
         )
         self.loss = math.inf
         self._offer("rounding", self.best)
-        self._refine()
+        if math.isfinite(self.loss):
+            self._refine()
         return self.best
 
     def _offer(self, stage: str, candidate: Solution) -> None:
