@@ -110,7 +110,8 @@ class Learner:
     def rounded(self) -> dict[str, Tensor]:
         """float32 copies of the parameters, rounded to their dtypes on disk."""
         return {
-            name: p.detach().to(self.dtypes[name]).float() for name, p in self.parameters.items()
+            name: p.detach().to(self.dtypes[name], copy=True).float()
+            for name, p in self.parameters.items()
         }
 
     def set(self, values: Mapping[str, Tensor]) -> None:

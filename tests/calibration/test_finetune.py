@@ -14,6 +14,7 @@ from qconvert.calibration import training
 from qconvert.calibration.activations import Activations, writing
 from qconvert.calibration.finetune import FinetuneConfig, FinetuneReport, finetune_block
 from qconvert.calibration.training import Rates, batch_sizes, shuffled, split, warm_cosine
+from qconvert.methods.aqlm.module import aqlm_layers
 from tests.calibration import tuning
 from tests.calibration.tuning import SEQLEN, Model, same
 
@@ -75,6 +76,15 @@ def test_it_never_ends_worse_than_it_began(model: Model) -> None:
     assert same(before, model.values())
     assert report.stopped == "no gain in 2 epochs"
     assert len(report.history) == 2
+
+
+def test_in_float32_it_never_ends_worse_either(model: Model) -> None:
+    for layer in aqlm_layers(model.blocks[0]).values():
+        layer.dtype = torch.float32
+    before = error(model)
+    report = tune(model, replace(CONFIG, dtype=torch.float32, rates=WILD))
+    assert report.after == report.before
+    assert error(model) == before
 
 
 def test_the_same_seed_gives_the_same_bits(model: Model) -> None:
