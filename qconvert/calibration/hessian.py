@@ -68,7 +68,8 @@ def collect(
         for hidden in inputs:
             out = run(block, hidden)
             for names, x in _drain(heard):
-                means.setdefault(names, _Mean()).add(x)
+                if x.numel():  # else an expert that no token was sent to
+                    means.setdefault(names, _Mean()).add(x)
             if not torch.isfinite(out).all():
                 raise NonFinite(
                     f"the calibration text makes a {type(block).__name__} return NaN or Inf"

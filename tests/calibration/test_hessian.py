@@ -169,6 +169,28 @@ def test_layers_called_twice_at_times_or_never() -> None:
         assert (got - expected).norm() < 1e-6 * expected.norm(), name
 
 
+class Routed(nn.Module):
+    """An expert that is called in every pass, and given tokens in every other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(8, 8)
+        self.passes = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        self.expert(x if self.passes % 2 == 0 else x[:, :0])
+        return x
+
+
+def test_experts_that_no_token_is_sent_to() -> None:
+    inputs = list(torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(3)))
+    assert collect(Routed(), ("expert",), call, inputs[:1]).uncalled == ("expert",)
+    found = collect(Routed(), ("expert",), call, inputs).hessians["expert"]
+    assert found.tokens == 15
+    torch.testing.assert_close(found.matrix.double(), moments(inputs[1]))
+
+
 def test_half_precision_inputs_are_summed_in_float32() -> None:
     """4096 equal tokens: a bfloat16 sum would stop growing at 256."""
     block = nn.Sequential(nn.Linear(4, 4)).to(torch.bfloat16)
