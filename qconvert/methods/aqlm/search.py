@@ -161,6 +161,8 @@ class Numba:
         from qconvert.methods.aqlm import _numba
 
         expand = min(EXPAND, len(first))
+        if expand % 4:  # what the kernel takes at a time
+            return PlainTorch().pair(targets, first, second, width)
         codes = torch.empty((len(targets), width, 2), dtype=torch.int32)
         costs = torch.empty((len(targets), width))
         out = (codes, costs)
