@@ -12,8 +12,6 @@ as they come.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -73,7 +71,7 @@ class Triton:
 
 @triton.jit
 def _chunk_minima(
-    targets: Any, book: Any, norms: Any, minima: Any, count: Any,
+    targets, book, norms, minima, count,
     CHUNKS: tl.constexpr, CHUNK: tl.constexpr, G: tl.constexpr, PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +90,7 @@ def _chunk_minima(
 
 @triton.jit
 def _sort_out(
-    targets: Any, book: Any, norms: Any, chosen: Any, codes: Any, costs: Any,
+    targets, book, norms, chosen, codes, costs,
     CHOSEN: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, G: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -120,8 +118,7 @@ def _sort_out(
 
 @triton.jit
 def _pair(
-    targets: Any, second: Any, norms: Any, cross: Any, near: Any, alone: Any,
-    codes: Any, costs: Any,
+    targets, second, norms, cross, near, alone, codes, costs,
     SIZE: tl.constexpr, G: tl.constexpr, EXPAND: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The best second vector for each of EXPAND first ones, and of those the WIDTH best sums.
