@@ -141,6 +141,42 @@ print(cases)
     assert done.stdout.strip() == "6", done.stderr[-2000:]
 
 
+def test_triton_compiles_the_kernels() -> None:
+    """Down to machine code, which takes no GPU; the interpreter passes what the compiler does not.
+
+    99 KB of shared memory are what consumer GPUs have.
+    """
+    pytest.importorskip("triton")
+    program = """
+import triton
+from triton.backends.compiler import GPUTarget
+from qconvert.methods.aqlm import _triton
+made = 0
+for name, constants in (
+    ("_chunk_minima", dict(CHUNKS=256, CHUNK=256, G=8, PAD=16, ROWS=64)),
+    ("_chunk_minima", dict(CHUNKS=2, CHUNK=256, G=32, PAD=32, ROWS=64)),
+    ("_sort_out", dict(CHOSEN=3, PARTS=4, CHUNK=256, G=8, WIDTH=3)),
+    ("_pair", dict(SIZE=256, G=8, EXPAND=16, WIDTH=2)),
+):
+    kernel = getattr(_triton, name)
+    types = {"count": "i32", "chosen": "*i32", "codes": "*i64", "near": "*i64"}
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature={n: "constexpr" if n in constants else types.get(n, "*fp32")
+                   for n in kernel.arg_names},
+        constexprs={(kernel.arg_names.index(n),): value for n, value in constants.items()},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 86, 32))
+    assert compiled.metadata.shared <= 99 * 1024, (name, compiled.metadata.shared)
+    made += len(compiled.asm["cubin"]) > 0
+print(made)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "4", done.stderr[-2000:]
+
+
 # ── steps ────────────────────────────────────────────────────────────────────────────────────
 
 

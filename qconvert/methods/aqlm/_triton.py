@@ -24,9 +24,17 @@ _ROWS = 64
 
 
 class Triton:
-    """See `search.Backend`."""
+    """See `search.Backend`. Triton launches on the current device, wherever the tensors are."""
 
     def nearest(self, targets: Tensor, book: Tensor, width: int) -> Found:
+        with torch.cuda.device_of(targets):
+            return self._nearest(targets, book, width)
+
+    def pair(self, targets: Tensor, first: Tensor, second: Tensor, width: int) -> Found:
+        with torch.cuda.device_of(targets):
+            return self._pair(targets, first, second, width)
+
+    def _nearest(self, targets: Tensor, book: Tensor, width: int) -> Found:
         targets, book = targets.contiguous(), book.contiguous()
         count, g = targets.shape
         size = len(book)
@@ -53,7 +61,7 @@ class Triton:
         )  # fmt: skip
         return codes, costs
 
-    def pair(self, targets: Tensor, first: Tensor, second: Tensor, width: int) -> Found:
+    def _pair(self, targets: Tensor, first: Tensor, second: Tensor, width: int) -> Found:
         if max(len(first), len(second)) > CHUNK:
             return PlainTorch().pair(targets, first, second, width)
         expand = min(EXPAND, len(first))
