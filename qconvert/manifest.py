@@ -24,7 +24,9 @@ from qconvert.version import __version__
 RUN_LOG_NAME = "qconvert-run.json"
 """Wall times and paths of the run: beside the result, but neither hashed nor pushed."""
 
-_LIBRARIES = ("torch", "transformers", "numpy", "numba", "bitsandbytes", "hqq", "safetensors")
+_LIBRARIES = (
+    "torch", "triton", "transformers", "numpy", "numba", "bitsandbytes", "hqq", "safetensors",
+)  # fmt: skip
 _SCHEMA = 1
 
 

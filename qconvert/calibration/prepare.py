@@ -17,7 +17,7 @@ from qconvert.manifest import versions
 from qconvert.planning import with_calibration
 from qconvert.types import JSON, Array, Checkpoint, Plan
 
-_COMPUTING = ("torch", "transformers", "numba")
+_COMPUTING = ("torch", "transformers", "numba", "triton")
 """Libraries whose versions may change a bit of the result."""
 
 
