@@ -106,6 +106,8 @@ def check_destination(destination: Path, source: Path, *, overwrite: bool) -> No
         )
     parent = resolved.parent
     if not parent.is_dir():
+        if parent.exists():
+            raise errors.NotWritable("not a folder", file=parent, hint="--output DIR")
         raise errors.NotWritable("no such folder", file=parent, hint=f"mkdir -p {parent}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise errors.NotWritable(

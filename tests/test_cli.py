@@ -127,8 +127,10 @@ MISTAKES: dict[str, tuple[int, str, str]] = {
     "aqlm MODEL --bit 3": (2, "no such option: --bit", "qconvert aqlm MODEL --bits 3"),
     "aqlm MODEL --scheme 2y8": (2, "--scheme '2y8' is not", "qconvert aqlm MODEL --scheme 2x8g8"),
     "aqlm MODEL --bits 2 --scheme 4x8": (
-        2, "disagree", "qconvert aqlm MODEL --bits 2 --scheme 4x8"
+        2, "disagree", "qconvert aqlm MODEL --scheme 4x8 --bits 4"
     ),
+    "aqlm MODEL --override up=bits:4": (2, "no such option: --override", "qconvert aqlm --help"),
+    "aqlm MODEL --output --dry-run": (2, "--dry-run: no folder is named", "qconvert aqlm --help"),
     "aqlm MODEL --quality great": (
         2,
         "--quality great: expected one of fast, default, best",
@@ -153,6 +155,10 @@ MISTAKES: dict[str, tuple[int, str, str]] = {
     "nf4 MODEL more": (2, "unexpected extra argument", "qconvert nf4 --help"),
     "bnb MODEL --bits 3": (2, "8 and 4 bits, not 3", "qconvert hqq MODEL --bits 3"),
     "nf4 MODEL -o MODEL/inside": (2, "overlaps the source", "qconvert nf4 MODEL --output"),
+    "nf4 MODEL -o MODEL/config.json/x": (2, "overlaps the source", "qconvert nf4 MODEL --output"),
+    "nf4 MODEL -o /dev/null/x": (
+        4, "not a folder in /dev/null", "qconvert nf4 MODEL --output DIR"
+    ),
     "nf4 MODEL -o /nowhere/x": (4, "no such folder", "mkdir -p /nowhere"),
     "nf4 ./nowhere": (3, "no such folder: ./nowhere", ""),
     "nf4 MODEL/config.json": (2, "is not a folder", "name the folder that holds config.json"),
@@ -311,6 +317,7 @@ def test_json_is_all_that_stdout_holds(source: Path, quantized: Path, tmp_path: 
     assert found["plan"]["total_bytes"] == sum(found["plan"]["files"].values())
     assert found["convert"]["folder"] == str(tmp_path / "out")
     assert found["convert"]["verdict"] is None
+    assert found["convert"]["warnings"] == []
     assert set(found["formats"]["methods"]) == set(METHODS)
     assert found["validate"]["reports"][0]["level"] == "contract"
     assert found["doctor"]["fix"] == ""

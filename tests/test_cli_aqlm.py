@@ -263,6 +263,17 @@ def test_a_conversion_from_start_to_end(source: Path, tmp_path: Path) -> None:
         assert any(line.split()[:2] == [kind, "2"] for line in done.stdout.splitlines())
 
 
+@pytest.mark.parametrize(("quality", "word"), [("fast", "smaller"), ("best", "larger")])
+def test_what_has_grown_is_no_saving(
+    quality: str, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = qconvert.plan("demo", "aqlm", bits=2, quality=quality)
+    show.Screen().result(Result(Path("out"), planned, None, (), 0, {}, None))
+    out = capsys.readouterr().out
+    assert f" % {word}, " in out
+    assert "-" not in out.partition("out")[2]
+
+
 def test_json_of_a_result_holds_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     planned = qconvert.plan("demo", "aqlm", bits=2)
     figures = Figures("2x8g8", (BLOCK.figures,))

@@ -18,6 +18,8 @@ from typing import Any
 from qconvert.errors import printable
 
 _SHORT = {"--output": "-o", "--quiet": "-q"}
+_DESTRUCTIVE = {"--overwrite", "--restart"}
+"""Never offered for what was mistyped: `--override` is one of them but for a few letters."""
 
 
 def program() -> list[str]:
@@ -64,9 +66,11 @@ def usage(error: Any) -> tuple[str, str]:
     hint = shlex.join([*program(), *path, "--help"])
     if found and wrong:
         hint = _replaced(wrong[1], found[1])
+        message = message.partition(" Did you mean")[0].rstrip(".")  # some versions say it twice
     elif possible:
         message = f"no such option: {error.option_name}"
-        if close := difflib.get_close_matches(error.option_name, possible, n=1):
+        close = difflib.get_close_matches(error.option_name, possible, n=1)
+        if close and close[0] not in _DESTRUCTIVE:
             hint = _replaced(error.option_name, close[0])
     return message[:1].lower() + printable(message)[1:], hint
 

@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from qconvert.errors import UsageError
+from qconvert.errors import UsageError, printable
+
+
+def _no_option(folder: Path | None) -> Path | None:
+    """Typer gives an option the next word, whatever it is: `-o --dry-run` would convert."""
+    if folder is not None and str(folder).startswith("--"):
+        raise UsageError(f"--output {printable(folder)}: no folder is named")
+    return folder
+
 
 Model = Annotated[
     str,
@@ -23,6 +31,7 @@ Output = Annotated[
         "-o",
         help="Where to write. Default: a folder here, named after model, method and bits.",
         metavar="DIR",
+        callback=_no_option,
     ),
 ]
 Revision = Annotated[

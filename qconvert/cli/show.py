@@ -148,6 +148,7 @@ class Screen:
                     "seconds": dict(result.seconds),
                     "calibration": result.figures.as_json() if result.figures else None,
                     "reports": [asdict(report) for report in result.reports],
+                    "warnings": list(result.plan.warnings),
                 }
             )
             return
@@ -161,7 +162,8 @@ class Screen:
             self._out.print(f"resumed: {human_bytes(result.resumed_bytes)} were already done")
         self._out.print(
             f"[bold]{escape(printable(result.folder))}[/]  "
-            f"{human_bytes(result.plan.weight_bytes)}, {saved:.0f} % smaller, "
+            f"{human_bytes(result.plan.weight_bytes)}, "
+            f"{abs(saved):.0f} % {'smaller' if saved >= 0 else 'larger'}, "
             f"{result.plan.bits_per_weight:.2f} bits per weight, "
             f"in {sum(result.seconds.values()):.1f} s",
             soft_wrap=True,

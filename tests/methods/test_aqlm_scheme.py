@@ -51,6 +51,7 @@ def test_schemes(options: dict[str, object], scheme: str, bits: int) -> None:
         ({"scheme": "9x8"}, "codebooks 9"),
         ({"scheme": "1x17"}, "bits of a code 17"),
         ({"scheme": "2-8"}, "is not CODEBOOKSxBITSgGROUP"),
+        ({"scheme": 28}, "--scheme 28 is not CODEBOOKSxBITSgGROUP"),
         ({"bits": 2, "quality": "worst"}, "--quality 'worst': expected one of fast, default, best"),
         ({"bits": 2, "group_size": 8}, "aqlm has no option group_size"),
     ],

@@ -94,7 +94,7 @@ class AQLM:
 
 def parse_scheme(text: str) -> dict[str, int]:
     """`2x8g8` (or `2x8`: g8) as AQLM's options; raises UsageError."""
-    found = _SCHEME.fullmatch(text.strip().lower())
+    found = _SCHEME.fullmatch(str(text).strip().lower())
     if found is None:
         raise UsageError(f"--scheme {text!r} is not CODEBOOKSxBITSgGROUP", hint="--scheme 2x8g8")
     codebooks, nbits, group = found.groups(default="8")

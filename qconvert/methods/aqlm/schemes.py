@@ -45,6 +45,6 @@ def build(
     if bits is not None and bits != method.bits:
         raise UsageError(
             f"--bits {bits} and --scheme {scheme} disagree: {method.scheme} has {method.bits}",
-            hint=f"--scheme {scheme}",
+            hint=f"--bits {method.bits}",
         )
     return method
