@@ -51,11 +51,17 @@ def deterministic(threads: int, device: str) -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     torch.set_num_threads(threads)
+    fill, cudnn = torch.utils.deterministic.fill_uninitialized_memory, True
     if device != "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # see training.strictly
+        torch.utils.deterministic.fill_uninitialized_memory = False  # gigabytes, for debugging
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has no deterministic form
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch.use_deterministic_algorithms(strict, warn_only=warn)

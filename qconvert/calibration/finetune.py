@@ -33,6 +33,7 @@ from qconvert.calibration.training import (
     precision,
     shuffled,
     split,
+    strictly,
     warm_cosine,
 )
 from qconvert.methods.aqlm.module import aqlm_layers, held
@@ -143,7 +144,8 @@ def finetune_block(
             with held(layers):
                 for which in batches(batch, micro):
                     part = loss(which) * (len(which) / len(batch))
-                    part.backward()
+                    with strictly(True):
+                        part.backward()
                     value += part.item()
             if not math.isfinite(value):
                 learner.adam.zero_grad()

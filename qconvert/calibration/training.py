@@ -49,6 +49,24 @@ class Rates:
     """Norms and biases."""
 
 
+@contextmanager
+def strictly(strict: bool) -> Iterator[None]:
+    """Inside, deterministic algorithms are a must (or a wish), where they were asked for at all.
+
+    torch leaves the backward pass of fused attention as it is where determinism is only a wish
+    (`warn_only`); forward passes may hold an operation that has no deterministic form.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    wish = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=wish)
+
+
 def vectors(module: nn.Module) -> tuple[str, ...]:
     """The 1-D floating-point parameters named weight or bias: norms and biases, by path."""
     return tuple(

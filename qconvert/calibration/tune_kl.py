@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from qconvert.calibration.training import (
     precision,
     shuffled,
     split,
+    strictly,
     vectors,
     warm_cosine,
 )
@@ -133,8 +135,9 @@ def tune_kl(
         with precision(device):
             for i, block in enumerate(blocks):
                 hidden = checkpoint(
-                    run, i, block, hidden, use_reentrant=False, preserve_rng_state=False
-                )
+                    run, i, block, hidden,
+                    use_reentrant=False, preserve_rng_state=False, context_fn=_run_again,
+                )  # fmt: skip
         nats = _head(logits, hidden, target, None if weight is None else weight / sequence)
         return nats / (len(which) * sequence)
 
@@ -200,11 +203,18 @@ def _head(
         theirs, ours = (x.float().log_softmax(-1) for x in (teacher, student))
         divergence = (theirs.exp() * (theirs - ours)).sum()
         if weight is not None:
-            (divergence * (weight / len(hidden))).backward()
+            with strictly(True):
+                (divergence * (weight / len(hidden))).backward()
         sums.append(divergence.detach().double())
     if weight is not None:
-        hidden.backward(leaf.grad)
+        with strictly(True):
+            hidden.backward(leaf.grad)
     return float(torch.stack(sums).sum())
+
+
+def _run_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """A checkpointed block is run forward again within the backward pass."""
+    return nullcontext(), strictly(False)
 
 
 def _trouble(loss: float) -> str:

@@ -49,10 +49,13 @@ class Effort:
 
 
 EFFORTS = {
-    "fast": Effort(beam=1, rounds=2, window=4, window_beam=1, k_means=4, points=32, gain=0.02),
-    "default": Effort(beam=2, rounds=3, window=4, window_beam=2, k_means=5, points=32, gain=0.01),
-    "best": Effort(beam=8, rounds=6, window=8, window_beam=3, k_means=6, points=48, gain=0.003),
+    "fast": Effort(beam=1, rounds=2, window=4, window_beam=1, k_means=5, points=32, gain=0.02),
+    "default": Effort(beam=2, rounds=2, window=4, window_beam=2, k_means=10, points=64, gain=0.01),
+    "best": Effort(beam=8, rounds=5, window=8, window_beam=3, k_means=20, points=100, gain=0.003),
 }
+LARGE = 256
+"""Vectors of a book above which hypotheses and k-means are cut: a search costs K times as much."""
+LARGE_K_MEANS = 5
 DAMPING = 0.05
 LS_STEPS = 8
 
@@ -83,6 +86,18 @@ class LayerResult:
     scales: Tensor
     error: float
     notes: tuple[str, ...] = ()
+
+
+def effort_for(config: LayerConfig) -> Effort:
+    """What a quality means for the scheme."""
+    effort = EFFORTS[config.quality]
+    if 2**config.nbits_per_codebook <= LARGE:
+        return effort
+    return replace(
+        effort,
+        window_beam=max(1, effort.window_beam // 2),
+        k_means=min(effort.k_means, LARGE_K_MEANS),
+    )
 
 
 def quantize_layer(
@@ -122,7 +137,7 @@ class _Alternation:
         self, layer: Layer, config: LayerConfig, on_step: OnStep | None, notes: list[str]
     ) -> None:
         self.layer, self.config, self.notes = layer, config, notes
-        self.effort = EFFORTS[config.quality]
+        self.effort = effort_for(config)
         self.on_step = on_step
         self.power = float(layer.losses(torch.zeros_like(layer.weight)).double().sum()) or 1.0
         self.loss = math.inf

@@ -17,6 +17,7 @@ the price. More books are searched two at a time, the others held, until every p
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -109,9 +110,13 @@ def _numba_backend() -> Backend:
 
 @cache
 def _triton_backend() -> Backend:
+    """Triton, if it can be imported and its first kernel compiles (it needs a C compiler)."""
     try:
         from qconvert.methods.aqlm._triton import Triton
-    except ImportError:
+
+        book = torch.eye(16, device="cuda")
+        Triton().nearest(book, book, 1)
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError):
         return PlainTorch()
     return Triton()
 
