@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from qconvert.calibration.training import (
     Learner,
     Progress,
-    Rates,
     Rows,
+    TuningConfig,
+    TuningReport,
     batch_sizes,
     batches,
     precision,
@@ -40,42 +41,16 @@ from qconvert.methods.aqlm.module import aqlm_layers, held
 
 
 @dataclass(frozen=True, slots=True)
-class FinetuneConfig:
-    """Defaults are what gave the least KL divergence on held-out text; `seed` fixes the order."""
+class FinetuneConfig(TuningConfig):
+    """Defaults are what gave the least KL divergence on held-out text."""
 
-    epochs: int
-    dtype: torch.dtype
-    """That of norms and biases on disk (codebooks and scales: `AQLMLinear.dtype`)."""
-    seed: int = 0
-    batch_tokens: int = 8192
-    """Tokens of an optimizer step, at most; see `training.batch_sizes`."""
-    micro_tokens: int = 8192
-    """Tokens of one forward and backward pass."""
-    min_steps: int = 32
-    """Steps of an epoch, if there are as many sequences."""
-    rates: Rates = field(default_factory=Rates)
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup: float = 0.05
-    held_out: float = 1 / 8
     patience: int = 2
     """Epochs without improvement after which it stops."""
 
 
 @dataclass(frozen=True, slots=True)
-class FinetuneReport:
-    """Losses are relative squared errors on the held-out samples, with rounded parameters."""
-
-    before: float
-    after: float
-    history: tuple[float, ...] = ()
-    """After each epoch."""
-    best_epoch: int = 0
-    """0: as it began."""
-    steps: int = 0
-    skipped: int = 0
-    """Steps not taken, since a gradient was not finite."""
-    stopped: str = ""
-    """Why it ended before the last epoch, or did nothing."""
+class FinetuneReport(TuningReport):
+    """Losses are relative squared errors on the held-out samples."""
 
 
 class Run(Protocol):

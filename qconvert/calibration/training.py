@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -47,6 +47,43 @@ class Rates:
     scales: float = 1e-3
     others: float = 1e-3
     """Norms and biases."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuningConfig:
+    """What a stage is told; `seed` fixes the order of the samples and which are held out."""
+
+    epochs: int
+    dtype: torch.dtype
+    """That of norms and biases on disk (codebooks and scales: `AQLMLinear.dtype`)."""
+    seed: int = 0
+    batch_tokens: int = 8192
+    """Tokens of an optimizer step, at most; see `batch_sizes`."""
+    micro_tokens: int = 8192
+    """Tokens of one forward and backward pass."""
+    min_steps: int = 32
+    """Steps of an epoch, if there are as many sequences."""
+    rates: Rates = field(default_factory=Rates)
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup: float = 0.05
+    held_out: float = 1 / 8
+
+
+@dataclass(frozen=True, slots=True)
+class TuningReport:
+    """What a stage came to: losses on the held-out samples, with rounded parameters."""
+
+    before: float
+    after: float
+    history: tuple[float, ...] = ()
+    """After each epoch."""
+    best_epoch: int = 0
+    """0: as it began."""
+    steps: int = 0
+    skipped: int = 0
+    """Steps not taken, since a gradient was not finite."""
+    stopped: str = ""
+    """Why it ended before the last epoch, or did nothing."""
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,8 +33,9 @@ from torch.utils.checkpoint import checkpoint
 from qconvert.calibration.training import (
     Learner,
     Progress,
-    Rates,
     Rows,
+    TuningConfig,
+    TuningReport,
     batch_sizes,
     batches,
     precision,
@@ -52,36 +53,18 @@ _LOGIT_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class KLConfig:
-    epochs: int
-    dtype: torch.dtype
-    """That of norms and biases on disk."""
-    seed: int = 0
-    batch_tokens: int = 8192
-    """Tokens of an optimizer step, at most; see `training.batch_sizes`."""
+class KLConfig(TuningConfig):
+    """How long and how fast; and how often the state is written."""
+
     micro_tokens: int = 4096
-    """Tokens of one forward and backward pass."""
-    min_steps: int = 32
-    """Steps of an epoch, if there are as many sequences."""
-    rates: Rates = field(default_factory=Rates)
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup: float = 0.05
-    held_out: float = 1 / 8
     save_every: int = 25
     """Steps between two states on disk."""
 
 
 @dataclass(frozen=True, slots=True)
-class KLReport:
-    """KL divergences in nats a token on the held-out samples, with rounded parameters."""
+class KLReport(TuningReport):
+    """KL divergences in nats a token on the held-out samples."""
 
-    before: float
-    after: float
-    history: tuple[float, ...] = ()
-    best_epoch: int = 0
-    steps: int = 0
-    skipped: int = 0
-    stopped: str = ""
     resumed_at: int = 0
     """The step at which this process took over."""
 
