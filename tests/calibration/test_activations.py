@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -120,19 +121,24 @@ def test_files_that_are_not_these_activations(tmp_path: Path) -> None:
             Activations(path, shape, dtype)
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 100 bytes: a full disk, as far as write() knows."""
+    """No file of this process may grow beyond 100 bytes: a full disk, as far as write() knows.
+
+    Not a fixture: pytest writes to its own output between a test and the end of its fixtures.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_full_disk_says_so_before_the_work(tmp_path: Path) -> None:
     reached = False
-    with pytest.raises(DiskFull, match=r"a\.bin"), writing(tmp_path / "a.bin", SHAPE, "F32"):
+    full = pytest.raises(DiskFull, match=r"a\.bin")
+    with full, small_files(), writing(tmp_path / "a.bin", SHAPE, "F32"):
         reached = True
     assert not reached
     assert list(tmp_path.iterdir()) == []
