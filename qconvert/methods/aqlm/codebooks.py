@@ -104,7 +104,7 @@ def fit_codebooks(layer: Layer, solution: Solution, steps: int) -> Tensor:
     def forward(codebooks: Tensor) -> Tensor:
         return (decode(codes, codebooks) * scales[:, None]) @ layer.hessian
 
-    inverse = _preconditioner(layer, scales, scatter, g)
+    inverse = _preconditioner(layer, solution)
     residual = adjoint((layer.weight - solution.weight()) @ layer.hessian)
     conditioned = _apply(inverse, residual)
     direction, strength = conditioned, (residual * conditioned).sum()
@@ -124,14 +124,24 @@ def fit_codebooks(layer: Layer, solution: Solution, steps: int) -> Tensor:
     return books
 
 
-def _preconditioner(layer: Layer, scales: Tensor, scatter: list[Scatter], g: int) -> Tensor:
-    """Inverse of Σ s² H_jj over the places where each vector is used: [M, K, g, g]."""
-    blocks = scales.square()[:, None, None] * layer.blocks.reshape(1, layer.groups, g * g)
-    blocks = blocks.reshape(-1, g * g)
-    sums = torch.stack([s.add(blocks) for s in scatter]).unflatten(-1, (g, g))
-    mean = sums.diagonal(dim1=-2, dim2=-1).mean()
-    ridge = _RIDGE * mean + torch.finfo(sums.dtype).tiny
-    return torch.linalg.inv(sums + ridge * torch.eye(g, device=sums.device))
+def _preconditioner(layer: Layer, solution: Solution) -> Tensor:
+    """Inverse of Σ s² H_jj over the places where each vector is used: [M, K, g, g].
+
+    H_jj is the same for all rows, so it is enough to know how much of s² each vector has in each
+    group: [K, n] numbers, where the blocks themselves would be g² times the codes.
+    """
+    codes, (_, size, g) = solution.codes, solution.codebooks.shape
+    groups = torch.arange(layer.groups, device=codes.device)
+    squares = solution.scales.square()[:, None].expand(-1, layer.groups).reshape(-1, 1)
+    sums = []
+    for m in range(codes.shape[-1]):
+        places = (codes[..., m] * layer.groups + groups).flatten()
+        weights = Scatter(places, size * layer.groups).add(squares).reshape(size, layer.groups)
+        sums.append((weights @ layer.blocks.flatten(1)).unflatten(-1, (g, g)))
+    matrices = torch.stack(sums)
+    mean = matrices.diagonal(dim1=-2, dim2=-1).mean()
+    ridge = _RIDGE * mean + torch.finfo(matrices.dtype).tiny
+    return torch.linalg.inv(matrices + ridge * torch.eye(g, device=codes.device))
 
 
 def _apply(inverse: Tensor, residual: Tensor) -> Tensor:

@@ -111,8 +111,8 @@ def quantize_layer(
 
     Raises ValueError for a weight or Hessian that is not finite. A step that ends in NaN or
     makes the loss rise is undone, and noted. Peak memory beside the arguments: about 3 [in, in]
-    and 6 + `in_group_size` [out, in] in float32 (the preconditioner's blocks, before they are
-    summed up), plus 2 [out, in] times the beam, at most 0.5 GB.
+    and 6 [out, in] in float32, [2^B, in / g] for each codebook, and 2 [out, in] times the beam, but
+    no more than 0.5 GB of that.
     """
     notes = []
     if not bool(weight.isfinite().all()):
