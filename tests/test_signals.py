@@ -15,14 +15,14 @@ import pytest
 
 from tests.fault.test_kill import digest
 
-HIDDEN, INTERMEDIATE, BLOCKS, VOCAB = 1024, 2816, 5, 256
+HIDDEN, INTERMEDIATE, BLOCKS, VOCAB = 1024, 2816, 8, 256
 SECONDS = 5.0
 QCONVERT = [sys.executable, "-m", "qconvert"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 64 M random weights: some seconds of work for one thread."""
+    """A Llama of 103 M random weights: some seconds of work for one thread."""
     import torch
     from safetensors.torch import save_file
 
