@@ -55,7 +55,7 @@ EFFORTS = {
 }
 LARGE = 256
 """Vectors of a book above which hypotheses and k-means are cut: a search costs K times as much."""
-LARGE_K_MEANS = 5
+LARGE_K_MEANS = 4
 DAMPING = 0.05
 LS_STEPS = 8
 
