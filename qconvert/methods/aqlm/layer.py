@@ -95,7 +95,7 @@ def effort_for(config: LayerConfig) -> Effort:
         return effort
     return replace(
         effort,
-        window_beam=max(1, effort.window_beam // 2),
+        window_beam=(effort.window_beam + 1) // 2,
         k_means=min(effort.k_means, LARGE_K_MEANS),
     )
 
