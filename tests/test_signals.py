@@ -15,14 +15,14 @@ import pytest
 
 from tests.fault.test_kill import digest
 
-HIDDEN, INTERMEDIATE, BLOCKS, VOCAB = 1024, 2816, 8, 256
+HIDDEN, INTERMEDIATE, BLOCKS, VOCAB = 1024, 2816, 5, 256
 SECONDS = 5.0
 QCONVERT = [sys.executable, "-m", "qconvert"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 103 M random weights: some seconds of work for one thread."""
+    """A Llama of 64 M random weights: some seconds of work for one thread."""
     import torch
     from safetensors.torch import save_file
 
@@ -60,7 +60,14 @@ def convert(model: Path, output: Path) -> list[str]:
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    """The command as from a terminal, also where the tests run under nohup."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
 
 
 def wait_until(
