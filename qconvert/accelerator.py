@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from qconvert.arrays import torch_dtype
 from qconvert.errors import OutOfMemory
 from qconvert.origins import Quantize
-from qconvert.types import TORCH_NAMES, Array, Method, Parts
+from qconvert.types import Array, Method, Parts
 
 
 def choose(devices: Sequence[str]) -> Quantize | None:
@@ -59,7 +60,7 @@ class Accelerator:
         with torch.inference_mode(), self._stream():
             host = self._pinned(block)
             there = host.to(self._device, non_blocking=True)
-            results = method.quantize_torch(there.view(getattr(torch, TORCH_NAMES[dtype])))
+            results = method.quantize_torch(there.view(torch_dtype(dtype)))
             parts = {name: tensor.to("cpu", non_blocking=False) for name, tensor in results.items()}
         return {name: tensor.numpy() for name, tensor in parts.items()}
 

@@ -1,4 +1,4 @@
-"""Arrays in the dtypes of safetensors, without torch (but for `to_torch`, which hands them over).
+"""Arrays in the dtypes of safetensors, without torch (but for what hands them over to it).
 
 numpy knows every dtype that a checkpoint is made of but bfloat16; its bit pattern is kept in
 uint16, and widening to float32 is a shift. `storage_dtype` says how the bytes of a safetensors
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qconvert.lazy import np
-from qconvert.types import ITEMSIZE, Array
+from qconvert.types import ITEMSIZE, TORCH_NAMES, Array
 
 _STORAGE = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
@@ -45,6 +45,18 @@ def from_float32(values: Array, dtype: str) -> Array:
         rounded: Array = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
         return rounded.astype(np.uint16)
     return values.astype(storage_dtype(dtype))
+
+
+def view(data: Array, dtype: np.dtype[np.generic] | type[np.generic]) -> Array:
+    """On-disk bytes, or an array of them, as a flat array of `dtype`."""
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).view(dtype)
+
+
+def torch_dtype(dtype: str) -> Any:
+    """torch's dtype of a safetensors one that a method can quantize."""
+    import torch
+
+    return getattr(torch, TORCH_NAMES[dtype])
 
 
 def to_torch(array: Array, dtype: str) -> Any:

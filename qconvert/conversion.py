@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qconvert import card, devices, manifest, registry, staging
 from qconvert.calibration import plot, prepare
 from qconvert.calibration.options import CalibrationOptions
-from qconvert.calibration.report import Figures, OnEvent
+from qconvert.calibration.report import Figures, OnEvent, figures_from
 from qconvert.errors import DiskFull, NonFinite, UsageError
 from qconvert.layout import DEFAULT_SHARD_BYTES
 from qconvert.planning import Override, announced_dtype, make_plan
@@ -305,7 +305,8 @@ def _finished_earlier(destination: Path, planned: Plan) -> Result:
     validation = document["validation"]
     reports = tuple(manifest.report_from(data) for data in validation["reports"])
     verdict = Verdict(validation["verdict"]) if validation["verdict"] else None
-    return Result(destination, planned, verdict, reports, planned.total_bytes, {})
+    figures = figures_from(document["calibration"]["figures"]) if planned.calibration else None
+    return Result(destination, planned, verdict, reports, planned.total_bytes, {}, figures)
 
 
 def _regex(text: str, option: str, *, hint: str) -> re.Pattern[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from qconvert import modelconfig
 from qconvert.blocks import Blocks, block_of
 from qconvert.tiles import TILE_ELEMENTS
 from qconvert.types import ITEMSIZE, JSON, Action, PlanEntry, Structure
@@ -76,8 +77,7 @@ class Calibrating:
 
     def size(self, *keys: str) -> int:
         """The first of these numbers that config.json, or its text_config, has; else 0."""
-        nested = self.config.get("text_config")
-        for part in (nested if isinstance(nested, dict) else {}, self.config):
+        for part in reversed(modelconfig.sections(self.config)):
             for key in keys:
                 if isinstance(part.get(key), int):
                     return int(part[key])

@@ -108,6 +108,12 @@ def architecture(config: JSON) -> str | None:
     return str(names[0])
 
 
+def sections(config: JSON) -> tuple[JSON, JSON]:
+    """The config itself and its `text_config`, {} where it has none: sizes stand in either."""
+    nested = config.get("text_config")
+    return config, nested if isinstance(nested, dict) else {}
+
+
 def inert(config: JSON) -> JSON:
     """A deep copy without the keys that choose code, kernels, dtypes or downloads."""
     copy: JSON = _without_dropped(config)

@@ -80,9 +80,7 @@ def announced_dtype(checkpoint: Checkpoint) -> str:
             expected=" or ".join(FLOAT_DTYPES),
             got=", ".join(sorted({t.dtype for t in checkpoint.tensors.values()})) or "no tensors",
         )
-    config = checkpoint.config
-    nested = config.get("text_config")
-    for source in (config, nested if isinstance(nested, dict) else {}):
+    for source in modelconfig.sections(checkpoint.config):
         dtype = dtype_from_torch(source.get("dtype") or source.get("torch_dtype"))
         if dtype is not None and dtype in held:
             return dtype
@@ -259,7 +257,14 @@ def _is_tuned(tensor: TensorInfo, role: Role, rules: _Rules) -> bool:
         rules.tune
         and rules.in_block(role.module)
         and role.kind in (Kind.OTHER, Kind.LINEAR)
-        and len(tensor.shape) == 1
+        and is_vector(tensor)
+    )
+
+
+def is_vector(tensor: TensorInfo) -> bool:
+    """Whether it is a norm's weight or a bias, as far as name, shape and dtype tell."""
+    return (
+        len(tensor.shape) == 1
         and tensor.dtype in FLOAT_DTYPES
         and tensor.name.endswith((".weight", ".bias"))
     )

@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 
 from qconvert import fetch, modelconfig, sidefiles
 from qconvert.errors import CorruptFile, Network, NotFound, UsageError, printable
@@ -132,12 +131,7 @@ class SourceReader:
     def __enter__(self) -> SourceReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

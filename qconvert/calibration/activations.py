@@ -22,7 +22,7 @@ import torch
 from qconvert import arrays
 from qconvert.errors import CorruptFile, NotFound
 from qconvert.staging import output_errors, publish
-from qconvert.types import ITEMSIZE, TORCH_NAMES
+from qconvert.types import ITEMSIZE
 
 Tensor = Any
 Shape = tuple[int, int, int]
@@ -74,7 +74,7 @@ class ActivationsWriter:
         """The next [n, seqlen, hidden], rounded to the file's dtype. Raises OutputError."""
         if hidden.shape[1:] != self.shape[1:] or self.written + len(hidden) > self.shape[0]:
             raise ValueError(f"{tuple(hidden.shape)} after {self.written} of {self.shape}")
-        rounded = hidden.detach().to(getattr(torch, TORCH_NAMES[self.dtype])).contiguous().cpu()
+        rounded = hidden.detach().to(arrays.torch_dtype(self.dtype)).contiguous().cpu()
         data = memoryview(rounded.view(torch.uint8).numpy().reshape(-1))
         with output_errors(self._path):
             while data:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from qconvert.calibration.checks import deterministic
-from qconvert.calibration.solved import torch_dtype
+from qconvert.calibration.solved import layer_config
 from qconvert.methods.aqlm import AQLM
-from qconvert.methods.aqlm.layer import EFFORTS, LayerConfig, quantize_layer
+from qconvert.methods.aqlm.layer import EFFORTS, quantize_layer
 from qconvert.types import Layer, Plan
 
 _ROWS, _GROUPS = 256, 8
@@ -98,13 +98,7 @@ def _seconds_of_a_group(method: AQLM, quality: str, device: str) -> Callable[[in
     inputs = torch.randn(4 * width, width, generator=generator)
     inputs += inputs.roll(1, 1)  # neighbours are correlated, as they are in a model
     hessian = (inputs.T @ inputs / len(inputs)).to(device)
-    config = LayerConfig(
-        num_codebooks=method.num_codebooks,
-        nbits_per_codebook=method.nbits_per_codebook,
-        in_group_size=method.in_group_size,
-        dtype=torch_dtype(method.compute_dtype),
-        quality=quality,
-    )
+    config = layer_config(method, quality)
 
     def solve(part: Tensor) -> None:
         quantize_layer(part, hessian, config)

@@ -35,6 +35,7 @@ from qconvert.calibration.training import (
     shuffled,
     split,
     strictly,
+    trouble,
     warm_cosine,
 )
 from qconvert.methods.aqlm.module import aqlm_layers, held
@@ -109,7 +110,7 @@ def finetune_block(
     kept, best_epoch = learner.rounded(), 0
     history: list[float] = []
     steps = skipped = 0
-    stopped = "" if math.isfinite(before) else "the loss is not finite"
+    stopped = trouble(before)
     total = config.epochs * math.ceil(len(training) / size)
     for epoch in range(1, config.epochs + 1):
         if stopped:
@@ -124,7 +125,7 @@ def finetune_block(
                     value += part.item()
             if not math.isfinite(value):
                 learner.adam.zero_grad()
-                stopped = "the loss is not finite"
+                stopped = trouble(value)
                 break
             skipped += not learner.step(warm_cosine(steps, total, config.warmup))
             steps += 1
@@ -135,7 +136,7 @@ def finetune_block(
             if history[-1] < best:
                 best, best_epoch, kept = history[-1], epoch, learner.rounded()
             elif not math.isfinite(history[-1]):
-                stopped = "the loss is not finite"
+                stopped = trouble(history[-1])
             elif epoch - best_epoch >= config.patience and epoch < config.epochs:
                 stopped = f"no gain in {config.patience} epochs"
     learner.finish(kept)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -79,12 +78,7 @@ class BlockModel:
     def __enter__(self) -> BlockModel:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

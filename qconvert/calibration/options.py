@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qconvert import modelconfig
 from qconvert.errors import UsageError, printable
 from qconvert.types import JSON
 
@@ -90,8 +91,7 @@ class CalibrationOptions:
 
 def max_positions(config: JSON) -> int | None:
     """The longest sequence that a config.json announces, or None."""
-    nested = config.get("text_config")
-    for where in (config, nested if isinstance(nested, dict) else {}):
+    for where in modelconfig.sections(config):
         for key in _POSITIONS:
             value = where.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value >= MIN_SEQLEN:

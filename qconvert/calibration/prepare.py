@@ -49,11 +49,9 @@ def read(
 
     widest = max(entry.layer.in_features for entry in plan.quantized() if entry.layer)
     read_now = tokens.read_tokens(plan.checkpoint, options, in_features=widest)
-    settings, _ = tokens.describe(plan.checkpoint, options)
-    settings = replace(settings, nsamples=len(read_now.ids))
     known = versions()
     calibration = {
-        **_as_json(settings, read_now.source),
+        **_as_json(read_now.settings, read_now.source),
         "device": devices.model_name(found[0]),
         "threads": threads,
         "versions": {name: known[name] for name in _COMPUTING if name in known},
@@ -61,7 +59,7 @@ def read(
     plan = with_calibration(plan, calibration, threads=threads)
     return (
         replace(plan, warnings=plan.warnings + read_now.warnings),
-        Prepared(read_now.ids, settings),
+        Prepared(read_now.ids, read_now.settings),
     )
 
 

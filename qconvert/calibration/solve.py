@@ -26,10 +26,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qconvert.arrays import torch_dtype
 from qconvert.blocks import find_blocks
 from qconvert.calibration.activations import Activations, ActivationsWriter, writing
 from qconvert.calibration.checks import deterministic, refuse_non_finite
-from qconvert.calibration.finetune import FinetuneConfig, FinetuneReport, finetune_block
+from qconvert.calibration.finetune import FinetuneConfig, finetune_block
 from qconvert.calibration.hessian import Hessian, collect
 from qconvert.calibration.ledger import Ledger
 from qconvert.calibration.model import BlockModel
@@ -45,18 +46,18 @@ from qconvert.calibration.solved import (
     BlockWork,
     block_works,
     encoded,
+    layer_config,
     quantize_block,
-    torch_dtype,
 )
 from qconvert.calibration.states import States
 from qconvert.calibration.teller import Teller
-from qconvert.calibration.tune_kl import KLConfig, KLReport, tune_kl
+from qconvert.calibration.training import TuningReport
+from qconvert.calibration.tune_kl import KLConfig, tune_kl
 from qconvert.calibration.workers import share_out
 from qconvert.errors import NonFinite, OutOfMemory
-from qconvert.methods.aqlm import AQLM
-from qconvert.methods.aqlm.layer import LayerConfig, quantize_layer
+from qconvert.methods.aqlm.layer import quantize_layer
 from qconvert.staging import Staging
-from qconvert.types import Array, Plan, PlanEntry
+from qconvert.types import Array, Plan
 
 _UNSEEN = "no token reached it: its weights were approximated, not its output"
 
@@ -208,7 +209,8 @@ class _Loop:
         self.tell.step(path)
         weight = block.get_parameter(f"{path}.weight").detach().to(device, torch.float32)
         matrix = torch.eye(width) if hessian is None else hessian.matrix
-        result = quantize_layer(weight, matrix.to(device), self._layer_config(entry))
+        config = layer_config(entry.method, self.settings.quality, self.settings.seed)
+        result = quantize_layer(weight, matrix.to(device), config)
         if not math.isfinite(result.error):
             raise NonFinite(
                 "AQLM found no finite solution",
@@ -223,17 +225,6 @@ class _Loop:
         tensors = encoded(result, entry, self.plan)
         self.ledger.save_layer(work.index, path, entry.outputs, tensors, figures)
         self.tell.layer(figures, time.monotonic() - started)
-
-    def _layer_config(self, entry: PlanEntry) -> LayerConfig:
-        method: AQLM = entry.method
-        return LayerConfig(
-            num_codebooks=method.num_codebooks,
-            nbits_per_codebook=method.nbits_per_codebook,
-            in_group_size=method.in_group_size,
-            dtype=torch_dtype(method.compute_dtype),
-            quality=self.settings.quality,
-            seed=self.settings.seed,
-        )
 
     def _finetune(
         self, work: BlockWork, block: nn.Module, inputs: Activations, targets: Activations
@@ -298,7 +289,7 @@ class _Loop:
         return sum(torch.cuda.max_memory_allocated(device) for device in cuda)
 
 
-def _figures(found: FinetuneReport | KLReport) -> TuneFigures:
+def _figures(found: TuningReport) -> TuneFigures:
     notes = [found.stopped] if found.stopped else []
     if found.skipped:
         notes.append(f"{found.skipped} steps not taken: their gradients were not finite")

@@ -11,18 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from qconvert import arrays
+from qconvert.arrays import torch_dtype
 from qconvert.calibration.model import BlockModel
-from qconvert.methods.aqlm.layer import LayerResult
+from qconvert.methods.aqlm import AQLM
+from qconvert.methods.aqlm.layer import LayerConfig, LayerResult
 from qconvert.methods.aqlm.module import replace_linears, stored
 from qconvert.solution import Solution
-from qconvert.types import TORCH_NAMES, Action, Array, Plan, PlanEntry, TensorSpec
+from qconvert.types import Action, Array, Plan, PlanEntry, TensorSpec
 
 
-def torch_dtype(dtype: str) -> torch.dtype:
-    """torch's name of a safetensors dtype."""
-    found = getattr(torch, TORCH_NAMES[dtype])
-    assert isinstance(found, torch.dtype)
-    return found
+def layer_config(method: AQLM, quality: str, seed: int = 0) -> LayerConfig:
+    """What the layer solver is told: the scheme, and how hard to try."""
+    return LayerConfig(
+        num_codebooks=method.num_codebooks,
+        nbits_per_codebook=method.nbits_per_codebook,
+        in_group_size=method.in_group_size,
+        dtype=torch_dtype(method.compute_dtype),
+        quality=quality,
+        seed=seed,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from random import Random
 
 import numpy as np
 
-from qconvert import tokenizer
+from qconvert import modelconfig, tokenizer
 from qconvert.calibration import sampling, texts, tokenfile
 from qconvert.calibration.documents import Passage
 from qconvert.calibration.options import CalibrationOptions, Settings, max_positions, scarcity
@@ -40,6 +40,8 @@ class Tokens:
     source: JSON
     """kind, name and revision of the text, how many documents of it were looked at, and the
     sha256 of the ids (little-endian int32, row after row)."""
+    settings: Settings
+    """With as many samples as there are."""
     warnings: tuple[str, ...] = ()
 
 
@@ -51,17 +53,8 @@ def describe(
     Raises UsageError, NotFound, UnsafeFormat, UnsafePath, CorruptFile (a file of ids that is none)
     and DependencyMissing; fetches nothing.
     """
-    limit = max_positions(checkpoint.config)
-    path = _token_file(options)
-    if path is not None:
-        ids = tokenfile.open_ids(path)
-        if options.seqlen is None and ids.width is not None:
-            options = replace(options, seqlen=min(ids.width, limit or ids.width))
-        settings = options.resolved(limit)
-        settings = replace(settings, nsamples=min(settings.nsamples, ids.samples(settings.seqlen)))
-        return settings, {"kind": "tokens", "name": path.name, "revision": None}
-    source = texts.open_source(options.source, checkpoint.root, public)
-    return options.resolved(limit), _named(source)
+    settings, named, _ = _open(checkpoint, options, public)
+    return settings, named
 
 
 def read_tokens(
@@ -77,20 +70,18 @@ def read_tokens(
     a warning; none is a UsageError. Raises what `describe` raises, CorruptFile for text that is
     none or a tokenizer that is not the model's, and Network where text cannot be fetched.
     """
-    settings, named = describe(checkpoint, options, public)
+    settings, named, opened = _open(checkpoint, options, public)
     random = Random(settings.seed)
     vocab = _size(checkpoint.config, "vocab_size")
     noted: list[str] = []
-    path = _token_file(options)
-    if path is not None:
-        ids = tokenfile.read_ids(path, settings.nsamples, settings.seqlen, random)
+    if isinstance(opened, Path):
+        ids = tokenfile.read_ids(opened, settings.nsamples, settings.seqlen, random)
         documents = None
-        _check_range(ids, vocab, path.name)
+        _check_range(ids, vocab, opened.name)
     else:
-        source = texts.open_source(options.source, checkpoint.root, public)
-        ids, documents = _sample(source, checkpoint, settings, random)
+        ids, documents = _sample(opened, checkpoint, settings, random)
         _check_range(ids, vocab, tokenizer.FILE)
-        noted += source.warnings
+        noted += opened.warnings
     wanted = options.nsamples or options.resolved(None).nsamples
     if len(ids) < wanted:
         noted.append(
@@ -100,7 +91,29 @@ def read_tokens(
     if few := scarcity(ids.size, in_features):
         noted.append(few)
     digest = hashlib.sha256(np.ascontiguousarray(ids, "<i4").data).hexdigest()
-    return Tokens(ids, {**named, "documents": documents, "sha256": digest}, tuple(noted))
+    return Tokens(
+        ids,
+        {**named, "documents": documents, "sha256": digest},
+        replace(settings, nsamples=len(ids)),
+        tuple(noted),
+    )
+
+
+def _open(
+    checkpoint: Checkpoint, options: CalibrationOptions, public: PublicFile
+) -> tuple[Settings, JSON, Source | Path]:
+    """What `describe` says, and the text itself or the file of ids."""
+    limit = max_positions(checkpoint.config)
+    path = _token_file(options)
+    if path is not None:
+        ids = tokenfile.open_ids(path)
+        if options.seqlen is None and ids.width is not None:
+            options = replace(options, seqlen=min(ids.width, limit or ids.width))
+        settings = options.resolved(limit)
+        settings = replace(settings, nsamples=min(settings.nsamples, ids.samples(settings.seqlen)))
+        return settings, {"kind": "tokens", "name": path.name, "revision": None}, path
+    source = texts.open_source(options.source, checkpoint.root, public)
+    return options.resolved(limit), _named(source), source
 
 
 def _named(source: Source) -> JSON:
@@ -171,8 +184,7 @@ def _check_range(ids: Array, vocab: int | None, file: str) -> None:
 
 def _size(config: JSON, key: str) -> int | None:
     """A number of config.json or of its text_config; the first where it is a list."""
-    nested = config.get("text_config")
-    for where in (config, nested if isinstance(nested, dict) else {}):
+    for where in modelconfig.sections(config):
         value = where.get(key)
         first = value[0] if isinstance(value, list) and value else value
         if isinstance(first, int):

@@ -232,6 +232,11 @@ def batches(items: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(items[start : start + size])
 
 
+def trouble(loss: float) -> str:
+    """Why a stage has to stop at this loss, or ""."""
+    return "" if math.isfinite(loss) else "the loss is not finite"
+
+
 def batch_sizes(
     samples: int, sequence: int, batch_tokens: int, micro_tokens: int, min_steps: int
 ) -> tuple[int, int]:

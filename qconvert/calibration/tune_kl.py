@@ -42,6 +42,7 @@ from qconvert.calibration.training import (
     shuffled,
     split,
     strictly,
+    trouble,
     vectors,
     warm_cosine,
 )
@@ -137,7 +138,7 @@ def tune_kl(
     report = state.load()
     if report is None:
         before = validate()
-        report = KLReport(before, before, stopped=_trouble(before))
+        report = KLReport(before, before, stopped=trouble(before))
         state.best = learner.rounded()
     while report.steps < total and not report.stopped:
         epoch, place = divmod(report.steps, per_epoch)
@@ -149,13 +150,13 @@ def tune_kl(
         ]
         value = math.fsum(values) / len(batch)
         if not math.isfinite(value):
-            report = replace(report, stopped=_trouble(value))
+            report = replace(report, stopped=trouble(value))
             break
         taken = learner.step(warm_cosine(report.steps, total, config.warmup))
         report = replace(report, steps=report.steps + 1, skipped=report.skipped + (not taken))
         if report.steps % per_epoch == 0:
             loss = validate()
-            report = replace(report, history=(*report.history, loss), stopped=_trouble(loss))
+            report = replace(report, history=(*report.history, loss), stopped=trouble(loss))
             if loss < report.after:
                 report = replace(report, after=loss, best_epoch=epoch + 1)
                 state.best = learner.rounded()
@@ -198,10 +199,6 @@ def _head(
 def _run_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """A checkpointed block is run forward again within the backward pass."""
     return nullcontext(), strictly(False)
-
-
-def _trouble(loss: float) -> str:
-    return "" if math.isfinite(loss) else "the loss is not finite"
 
 
 def _key(config: KLConfig, learner: Learner, *samples: list[int]) -> str:

@@ -229,7 +229,10 @@ def run(verb: str, given: dict[str, Any]) -> None:
         return
     with progress_bar(enabled=screen.talks) as progress:
         result = convert(
-            request, progress=progress, on_plan=screen.announce, on_event=listener(progress)
+            request,
+            progress=progress,
+            on_plan=screen.announce,
+            on_event=listener(progress) if screen.talks else None,  # else nothing is estimated
         )
     screen.result(result)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
-from qconvert.arrays import from_float32, storage_dtype, to_float32
+from qconvert.arrays import from_float32, storage_dtype, to_float32, view
 from qconvert.errors import CorruptFile, NonFinite, UsageError
 from qconvert.lazy import np
 from qconvert.methods.aqlm import AQLM
@@ -127,7 +127,7 @@ class AQLMContainer:
 
     def decode(self, tile: Tile, parts: Parts, state: Parts, method: AQLM) -> Array:
         rows, width = tile.shape
-        codes = _view(parts["codes"], _code(method))
+        codes = view(parts["codes"], _code(method))
         codes = codes.reshape(rows, width // method.in_group_size, method.num_codebooks)
         scales = _floats(parts["scales"], method)
         return method.dequantize(codes, state["codebooks"], scales)
@@ -172,12 +172,7 @@ def _pack_floats(name: str, values: Array, method: AQLM) -> Array:
 
 def _floats(data: Array, method: AQLM) -> Array:
     """On-disk bytes, or an array of them, as a flat float32 array."""
-    return to_float32(_view(data, storage_dtype(method.compute_dtype)), method.compute_dtype)
-
-
-def _view(data: Array, dtype: np.dtype[np.generic]) -> Array:
-    """On-disk bytes, or an array of them, as a flat array of `dtype`."""
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).view(dtype)
+    return to_float32(view(data, storage_dtype(method.compute_dtype)), method.compute_dtype)
 
 
 # ── other people's folders ───────────────────────────────────────────────────────────────────

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 from qconvert import contract
+from qconvert.arrays import view
 from qconvert.errors import ContractViolation, CorruptFile, UsageError, printable
 from qconvert.lazy import np
 from qconvert.methods.bnb_4bit import NESTED_BLOCKSIZE, BnB4bit, codebook, nested_codebook
@@ -96,13 +97,13 @@ class Bitsandbytes:
         """The codebook and, with double quantization, every absmax as a loader computes it."""
         if isinstance(method, LLMInt8):
             return {}
-        state = {"quant_map": _view(parts["weight.quant_map"], np.float32)}
+        state = {"quant_map": view(parts["weight.quant_map"], np.float32)}
         if method.double_quant:
             stored = _quant_state_of(parts, layer, method)
             state["absmax"] = method.unnest(
-                _view(parts["weight.absmax"], np.uint8),
-                _view(parts["weight.nested_absmax"], np.float32),
-                _view(parts["weight.nested_quant_map"], np.float32),
+                view(parts["weight.absmax"], np.uint8),
+                view(parts["weight.nested_absmax"], np.float32),
+                view(parts["weight.nested_quant_map"], np.float32),
                 float(stored["nested_offset"]),
             )
         return state
@@ -110,14 +111,14 @@ class Bitsandbytes:
     def decode(self, tile: Tile, parts: Parts, state: Parts, method: BnB) -> Array:
         shape = tile.shape[::-1] if tile.transposed else tile.shape
         if isinstance(method, LLMInt8):
-            weight = _view(parts["weight"], np.int8).reshape(shape)
-            return method.dequantize({"weight": weight, "SCB": _view(parts["SCB"], np.float32)})
-        weight = _view(parts["weight"], np.uint8)
+            weight = view(parts["weight"], np.int8).reshape(shape)
+            return method.dequantize({"weight": weight, "SCB": view(parts["SCB"], np.float32)})
+        weight = view(parts["weight"], np.uint8)
         if method.double_quant:
             first = 2 * tile.writes[0].offset // method.blocksize
             absmax = state["absmax"][first : first + 2 * weight.size // method.blocksize]
         else:
-            absmax = _view(parts["weight.absmax"], np.float32)
+            absmax = view(parts["weight.absmax"], np.float32)
         codes = {"weight": weight, "absmax": absmax, "quant_map": state["quant_map"]}
         return method.dequantize(codes).reshape(shape)
 
@@ -226,15 +227,10 @@ def _quant_state_of(parts: Parts, layer: Layer, method: BnB4bit) -> JSON:
     """The JSON on disk; raises ContractViolation unless it says what the loader must hear."""
     name = _quant_state(method)
     try:
-        stored: JSON = json.loads(_view(parts[name], np.uint8).tobytes())
+        stored: JSON = json.loads(view(parts[name], np.uint8).tobytes())
         expected = [method.blocksize, [layer.out_features, layer.in_features]]
         if [stored["blocksize"], stored["shape"]] == expected:
             return stored
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ContractViolation(f"{layer.name}.{name} is not the quant_state of this layer")
-
-
-def _view(data: Array, dtype: type[np.generic]) -> Array:
-    """On-disk bytes, or an array of them, as a flat array of `dtype`."""
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).view(dtype)

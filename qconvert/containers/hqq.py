@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 from qconvert import contract
-from qconvert.arrays import values
+from qconvert.arrays import values, view
 from qconvert.contract import TensorRule
 from qconvert.errors import CorruptFile, UsageError
 from qconvert.lazy import np
@@ -133,14 +133,14 @@ class HQQNative:
         """
         slabs = _SLABS[method.bits]
         if method.axis == 1:
-            packed = _view(parts["W_q"], _word(method.bits))
+            packed = view(parts["W_q"], _word(method.bits))
             codes = _unpack(packed, method.bits)[: tile.shape[0] if slabs > 1 else 1]
         else:
-            packed = _view(parts["W_q"], _word(method.bits)).reshape(-1, tile.shape[1])
+            packed = view(parts["W_q"], _word(method.bits)).reshape(-1, tile.shape[1])
             codes = _unpack(packed.reshape(-1), method.bits).reshape(-1, tile.shape[1])
             codes = codes[: method.group_size]
         scale, zero = (
-            _view(parts[part], np.uint32 if method.compute_dtype == "F32" else np.uint16)
+            view(parts[part], np.uint32 if method.compute_dtype == "F32" else np.uint16)
             for part in ("scale", "zero")
         )
         return method.dequantize(codes.reshape(tile.shape), scale, zero)
@@ -233,11 +233,6 @@ def _unpack(words: Array, bits: int) -> Array:
     for slab, shift in zip(codes, _shifts(bits), strict=True):
         slab[:] = (words >> words.dtype.type(shift)) & mask
     return codes
-
-
-def _view(data: Array, dtype: np.dtype[np.generic] | type[np.generic]) -> Array:
-    """On-disk bytes, or an array of them, as a flat array of `dtype`."""
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).view(dtype)
 
 
 # ── the small tensors ────────────────────────────────────────────────────────────────────────

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from qconvert import contract
-from qconvert.arrays import from_float32, storage_dtype, to_float32
+from qconvert.arrays import from_float32, storage_dtype, to_float32, torch_dtype
 from qconvert.errors import UsageError
 from qconvert.lazy import np
 from qconvert.methods._nonfinite import refuse_nonfinite
@@ -148,7 +148,7 @@ class HQQ:
             [float(np.float32(start)) for start in STARTS[self.bits]],
             SCOUT,
             ITERATIONS,
-            getattr(torch, TORCH_NAMES[self.compute_dtype]),
+            torch_dtype(self.compute_dtype),
             LIMITS[self.compute_dtype],
         )
         if self.compute_dtype == "BF16":  # numpy will see the bits

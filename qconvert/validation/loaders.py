@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from qconvert import modelconfig
-from qconvert.arrays import to_torch
+from qconvert.arrays import to_torch, torch_dtype
 from qconvert.errors import ContractViolation
 from qconvert.planning import announced_dtype
 from qconvert.safepath import read_bytes
 from qconvert.source import SourceReader
 from qconvert.stored import LayerReader, Stored, read_tensor
-from qconvert.types import TORCH_NAMES, TensorInfo
+from qconvert.types import TensorInfo
 
 Model = Any
 Tensor = Any
@@ -85,7 +85,7 @@ def compute_dtype(stored: Stored, device: str = "cpu") -> Any:
     HQQLinear is put in place by us, so in the dtype that shows most. aqlm's kernel for codebooks
     of 256 vectors computes in float32 alone on a CPU, its CUDA kernels in 16 bits alone.
     """
-    announced = getattr(torch, TORCH_NAMES[announced_dtype(stored.checkpoint)])
+    announced = torch_dtype(announced_dtype(stored.checkpoint))
     if stored.container.name == "hqq" or (stored.container.name == "aqlm" and device == "cpu"):
         return torch.float32
     if stored.container.name == "aqlm" and announced is torch.float32:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from qconvert import contract
-from qconvert.planning import TUNED
+from qconvert.planning import TUNED, is_vector
 from qconvert.stored import Stored
-from qconvert.types import FLOAT_DTYPES, Action, Array, Plan
+from qconvert.types import Action, Array, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,7 @@ def tuned_names(stored: Stored, plan: Plan | None) -> frozenset[str]:
     return frozenset(
         name
         for name, info in stored.copies.items()
-        if (kept is None or str(kept.get(name)).startswith(TUNED))
-        and len(info.shape) == 1
-        and info.dtype in FLOAT_DTYPES
-        and name.endswith((".weight", ".bias"))
+        if (kept is None or str(kept.get(name)).startswith(TUNED)) and is_vector(info)
     )
 
 

@@ -148,11 +148,11 @@ class _Alternation:
         self._offer("feedback", self.best)
         for _ in range(self.effort.rounds):
             before = self.loss
-            self._fit(LS_STEPS)
+            self._fit()
             self._refine()
             if self.loss > (1 - self.effort.gain) * before:
                 break
-        self._fit(LS_STEPS)
+        self._fit()
         return self._stored()
 
     def _start(self) -> Solution:
@@ -173,8 +173,8 @@ class _Alternation:
         codes = codes_by_feedback(layer, books, scales, self.effort.beam)
         return Solution(codes, books, scales)
 
-    def _fit(self, steps: int) -> None:
-        books = fit_codebooks(self.layer, self.best, steps)
+    def _fit(self) -> None:
+        books = fit_codebooks(self.layer, self.best, LS_STEPS)
         self._offer("codebooks", replace(self.best, codebooks=books))
         self._offer("scales", replace(self.best, scales=fit_scales(self.layer, self.best)))
 

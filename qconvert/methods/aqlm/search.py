@@ -99,13 +99,8 @@ def _cost(rest: Tensor, books: Tensor, codes: Tensor, pair: tuple[int, int]) -> 
 def backend_for(targets: Tensor) -> Backend:
     """Kernels for a CPU, Triton for CUDA where it is installed, plain torch otherwise."""
     if targets.device.type == "cpu":
-        return _numba_backend()
+        return Numba()
     return _triton_backend() if targets.device.type == "cuda" else PlainTorch()
-
-
-@cache
-def _numba_backend() -> Backend:
-    return Numba()
 
 
 @cache
@@ -209,7 +204,7 @@ def _share(
     if threads == 1:
         work((0, count))
         return
-    edges = [count * t // threads // 4 * 4 for t in range(threads)] + [count]
+    edges = [count * t // threads for t in range(threads)] + [count]
     list(_pool(os.getpid()).map(work, pairwise(edges)))
 
 
