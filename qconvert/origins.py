@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from qconvert.solution import Solution
-from qconvert.source import SourceReader
+from qconvert.source import Reader
 from qconvert.tiles import cast_copy, global_name, read_tile, whole_parts
 from qconvert.types import Array, Container, Method, Parts, PlanEntry, Tile, Write
 
@@ -41,7 +41,7 @@ class Quantized:
     """Layers of a data-free method: read, quantized and packed a tile at a time."""
 
     def __init__(
-        self, reader: SourceReader, container: Container, quantize: Quantize | None
+        self, reader: Reader, container: Container, quantize: Quantize | None
     ) -> None:
         self._reader = reader
         self._container = container
@@ -63,7 +63,7 @@ class Quantized:
 class Copied:
     """What stays in full precision, cast where the plan says so."""
 
-    def __init__(self, reader: SourceReader) -> None:
+    def __init__(self, reader: Reader) -> None:
         self._reader = reader
 
     def has(self, entry: PlanEntry) -> bool:

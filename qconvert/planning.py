@@ -130,7 +130,7 @@ def make_plan(
         shards=shards,
         skip_modules=skip_modules(structure, entries),
         generated={},
-        copied={name: (checkpoint.root / name).stat().st_size for name in checkpoint.side_files},
+        copied=checkpoint.side_files,
         peak_bytes=0,
         disk_bytes=0,
         dtype=dtype,

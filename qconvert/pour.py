@@ -40,11 +40,45 @@ Progress = Callable[[int, int, str], None]
 _SYNC_BYTES = 1 << 28
 
 
+Prove = Callable[[PlanEntry, Reader, Reader], JSON]
+"""Compares a tensor's source (first) with what was written (second, by the plan's output names) while
+the source is at hand; its figures are kept in the journal. Called from the workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A finished shard: what its bytes are, and what was proved of the tensors in it."""
+
+    size: int
+    sha256: str
+    proofs: Mapping[str, JSON] = field(default_factory=dict)
+    """By the name of the source tensor; empty unless a `Prove` was at work."""
+
+
+class Sink(Protocol):
+    """Where sealed shards go when they are not to stay on this disk."""
+
+    most_on_disk: int
+    """Shards that may lie here at once: being filled, being sealed, being taken."""
+
+    @property
+    def done(self) -> Mapping[str, Sealed]:
+        """The shards that are there already, by name."""
+        ...
+
+    def take(self, shard: Shard, path: Path, sealed: Sealed) -> None:
+        """Takes a shard, proved to have arrived when this returns; `path` is removed then.
+
+        Called for one shard at a time, from a thread of its own.
+        """
+        ...
+
+
 @dataclass(slots=True)
 class Poured:
-    """What pouring found out: each shard's sha256, and how much an earlier run had done."""
+    """What pouring found out, and how much of it an earlier run had done."""
 
-    sha256: dict[str, str]
+    sealed: dict[str, Sealed]
     resumed_bytes: int = 0
 
 

@@ -9,7 +9,7 @@ skip and initialise at random without a word.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +36,41 @@ _SHARD_NAME = re.compile(r"(?:[A-Za-z0-9_-][\w.-]*/)?[\w-][\w.-]*\.safetensors",
 _PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)", re.IGNORECASE)
 
 
+Headers = Mapping[str, tuple[tuple[TensorInfo, ...], FileInfo]]
+"""By file name: its tensors in offset order, and what is known of the file."""
+_ENTRY_BYTES = 90
+"""Of a tensor in a header, beside its name: dtype, shape, offsets."""
+_GUESS_BYTES = 32_768
+"""Of a header of which nothing is known."""
+
+
 def read_weights(
-    root: Path, entries: list[str], warnings: list[str]
+    root: Path,
+    entries: Collection[str],
+    warnings: list[str],
+    read_headers: Callable[[Mapping[str, int]], Headers] | None = None,
 ) -> tuple[dict[str, FileInfo], dict[str, TensorInfo]]:
+    """Files and tensors of the model whose files are `entries`; the index is read from `root`.
+
+    `read_headers` gets the headers of files that are elsewhere, given a guess of each one's
+    length in bytes. Raises SourceErrors; what is odd but harmless is added to `warnings`.
+    """
     weight_map: dict[str, str] | None = None
     if WEIGHTS in entries:
-        names = [WEIGHTS]
+        guesses = {WEIGHTS: _GUESS_BYTES}
         if INDEX in entries:
             warnings.append(f"{INDEX} ignored: {WEIGHTS} is there too, and loaders prefer it")
     elif INDEX in entries:
         weight_map, total_size = read_index(read_bytes(root, INDEX, MAX_INDEX_BYTES))
-        names = sorted(set(weight_map.values()))
-        _require(root, names)
+        guesses = _header_lengths(weight_map)
+        _require(root if read_headers is None else None, entries, guesses)
     else:
         raise no_weights(entries, root)
+    headers = read_headers(guesses) if read_headers else _read_headers(root, guesses)
     files: dict[str, FileInfo] = {}
     tensors: dict[str, TensorInfo] = {}
-    for name in names:
-        _, found, files[name] = read_header(regular_file(root, name), name)
+    for name in guesses:
+        found, files[name] = headers[name]
         for tensor in found:
             if tensor.name in tensors:
                 raise IndexMismatch(
@@ -62,7 +79,7 @@ def read_weights(
                 )
             tensors[tensor.name] = tensor
     if not tensors:
-        raise CorruptFile("no tensors", file=names[0])
+        raise CorruptFile("no tensors", file=next(iter(guesses)))
     if weight_map is not None:
         _compare(weight_map, tensors)
         actual = sum(tensor.nbytes for tensor in tensors.values())
@@ -98,11 +115,27 @@ def read_index(data: bytes) -> tuple[dict[str, str], Any]:
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
-def _require(root: Path, names: Iterable[str]) -> None:
+def _header_lengths(weight_map: Mapping[str, str]) -> dict[str, int]:
+    """Bytes that the header of each file should about have, by file name, sorted."""
+    guesses = dict.fromkeys(sorted(set(weight_map.values())), 100)
+    for tensor, name in weight_map.items():
+        guesses[name] += len(tensor) + _ENTRY_BYTES
+    return guesses
+
+
+def _read_headers(root: Path, names: Iterable[str]) -> Headers:
+    return {name: read_header(regular_file(root, name), name)[1:] for name in names}
+
+
+def _require(root: Path | None, entries: Collection[str], names: Iterable[str]) -> None:
+    """Raises MissingShard unless all are in the folder `root`, else in the list `entries`."""
     missing = []
     for name in names:
         try:
-            regular_file(root, name)
+            if root is not None:
+                regular_file(root, name)
+            elif name not in entries:
+                missing.append(name)
         except NotFound:
             missing.append(name)
     if missing:

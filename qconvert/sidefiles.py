@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ _NEVER = re.compile(
 )
 
 
-def find(root: Path) -> tuple[str, ...]:
-    """Names, sorted, of the files of a checkpoint folder that are copied.
+def find(root: Path) -> dict[str, int]:
+    """Names, sorted, and sizes of the files of a checkpoint folder that are copied.
 
     Raises UnsafePath for one that leads out of the folder, is not a regular file or differs from
     another by case only, CorruptFile for one above 100 MB.
@@ -51,23 +52,28 @@ def find(root: Path) -> tuple[str, ...]:
     folders = [root]
     if (root / "additional_chat_templates").is_dir():
         folders.append(root / "additional_chat_templates")
-    names = sorted(
-        name
-        for folder in folders
-        for entry in folder.iterdir()
-        if wanted(name := entry.relative_to(root).as_posix())
+    names = (
+        entry.relative_to(root).as_posix() for folder in folders for entry in folder.iterdir()
     )
+    return _checked({n: regular_file(root, n).stat().st_size for n in names if wanted(n)})
+
+
+def among(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The same for the files of a repository, by name and size."""
+    return _checked({name: size for name, size in sizes.items() if wanted(name)})
+
+
+def _checked(sizes: Mapping[str, int]) -> dict[str, int]:
     by_lowercase: dict[str, str] = {}
-    for name in names:
+    for name, size in sorted(sizes.items()):
         twin = by_lowercase.setdefault(name.lower(), name)
         if twin != name:
             raise UnsafePath(f"{twin} and {name} differ only by case")
-        size = regular_file(root, name).stat().st_size
         if size > MAX_BYTES:
             raise CorruptFile(
                 "too large", file=name, expected=f"≤ {MAX_BYTES:,} bytes", got=f"{size:,}"
             )
-    return tuple(names)
+    return dict(sorted(sizes.items()))
 
 
 def wanted(name: str) -> bool:

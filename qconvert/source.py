@@ -1,7 +1,7 @@
 """A source model, seen through its headers: nothing here reads a weight until it is asked to.
 
-A model is the built-in `demo`, a folder, or a Hub id, which becomes a folder at one commit. Its
-safetensors headers are the truth. The index and config.json are claims that are checked against
+A model is the built-in `demo`, a folder, or a Hub repository at one commit. Its safetensors
+headers are the truth. The index and config.json are claims that are checked against
 them, since loaders do not: transformers 5.23 loads, without a word, an index that leaves the
 folder, lacks a tensor, or names the same tensor in two shards. Pickled weights are never opened.
 """
@@ -10,46 +10,89 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+import re
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
+from typing import Protocol
 
-from qconvert import fetch, modelconfig, sidefiles
+from qconvert import digest, modelconfig, shards, sidefiles
 from qconvert.errors import CorruptFile, Network, NotFound, UsageError, printable
 from qconvert.safepath import open_regular, read_bytes, regular_file
-from qconvert.shards import read_weights, what_else
 from qconvert.tensors import identity, read_exactly
-from qconvert.types import ITEMSIZE, Array, Checkpoint, TensorInfo
+from qconvert.types import ITEMSIZE, Array, Checkpoint, Repository, TensorInfo
+
+_REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_ALSO_SMALL = ("README.md",)
+"""Read beside config and index: the licence and other facts that the card carries over."""
 
 
 def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     """The headers of `model`: "demo", a folder, or a Hub id ("org/name") at `revision`.
 
-    A Hub id is resolved to a commit once and fetched at it, weights last. Raises SourceError,
-    UsageError (already quantized, or a revision of something that has none) or HubError.
+    A Hub id is resolved to a commit once. Of its files config.json, the index and the card are
+    fetched, and the weights' headers by ranges: `remote` is True then, and reads go on by ranges
+    (see also `localize`). Raises SourceError, UsageError (already quantized, or a revision of
+    something that has none) or HubError.
     """
     if not model:
         raise UsageError("no model named", hint="demo, a folder, or a Hub id such as org/name")
     local = Path(__file__).parent / "demo" if model == "demo" else _as_path(model)
     exists = os.path.lexists(local)  # unlike Path.exists, False rather than an error on "a\0b"
-    if exists or model == "demo" or fetch.looks_local(model):
+    if exists or model == "demo" or looks_local(model):
         if revision is not None:
             raise UsageError(f"--revision is for Hub repositories; {printable(model)} is a folder")
         if not exists:
             raise NotFound(f"no such folder: {printable(model)}", hint=did_you_mean(model))
         return open_folder(local, name="demo" if model == "demo" else None)
     try:
-        snapshot = fetch.snapshot(model, revision)
+        return open_repository(model, revision)
     except (NotFound, Network) as e:
         e.hint = did_you_mean(model) or e.hint
         raise
-    return open_folder(
-        snapshot.root,
-        name=model.rpartition("/")[2],
-        repo_id=model,
-        revision=snapshot.commit,
-        warnings=snapshot.warnings,
-    )
+
+
+def looks_local(model: str) -> bool:
+    """Whether `model` cannot be a Hub id, so that it must have been meant as a path."""
+    return not _REPO_ID.fullmatch(model) or ".." in model or model.endswith(".git")
+
+
+def open_repository(
+    repo_id: str, revision: str | None = None, *, quantized: bool = False
+) -> Checkpoint:
+    """The checkpoint in a Hub repository, headers only; see `open_checkpoint`.
+
+    Without a connection, a snapshot that is in the cache already is used, with a warning.
+    """
+    from qconvert.hub import snapshot, tree
+
+    try:
+        repository = tree.resolve(repo_id, revision)
+    except Network as why:
+        root, repository = snapshot.cached(repo_id, revision, why)
+        return open_folder(root, repository=repository, quantized=quantized)
+    small = (modelconfig.FILE, shards.INDEX, *_ALSO_SMALL)
+    root = snapshot.small_files(repository, [name for name in small if name in repository.files])
+    return open_folder(root, repository=repository, remote=True, quantized=quantized)
+
+
+def localize(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint with all that a conversion reads downloaded to the Hub's cache.
+
+    Raises the errors of `open_checkpoint`, CorruptFile if a file is not what the tree says.
+    """
+    if not checkpoint.remote or checkpoint.repository is None:
+        return checkpoint
+    from qconvert.hub import snapshot
+
+    repository = checkpoint.repository
+    snapshot.small_files(repository, list(checkpoint.side_files))
+    root = snapshot.weights(repository, list(checkpoint.files))
+    local = open_folder(root, repository=repository)
+    if local.tensors != checkpoint.tensors:
+        raise CorruptFile("the headers in the cache are not those on the Hub", file=root)
+    return local
 
 
 def _as_path(model: str) -> Path:
@@ -74,38 +117,61 @@ def open_folder(
     folder: Path,
     *,
     name: str | None = None,
-    repo_id: str | None = None,
-    revision: str | None = None,
-    warnings: Iterable[str] = (),
+    repository: Repository | None = None,
+    remote: bool = False,
     quantized: bool = False,
 ) -> Checkpoint:
-    """The checkpoint in a folder; see `open_checkpoint`. `quantized` lets a quantized one pass."""
+    """The checkpoint in a folder; see `open_checkpoint`. `quantized` lets a quantized one pass.
+
+    `repository` is where the folder's files come from; with `remote` its weights and side files
+    are there alone.
+    """
     if not folder.is_dir():
         raise UsageError(
             f"{printable(folder)} is not a folder", hint="name the folder that holds config.json"
         )
     root = folder.resolve()
-    try:
-        entries = sorted(entry.name for entry in root.iterdir())
-    except OSError as e:
-        raise NotFound(f"cannot be read ({e.strerror})", file=folder) from None
+    if remote and repository is not None:
+        entries = sorted(repository.files)
+    else:
+        try:
+            entries = sorted(entry.name for entry in root.iterdir())
+        except OSError as e:
+            raise NotFound(f"cannot be read ({e.strerror})", file=folder) from None
     if modelconfig.FILE not in entries:
-        raise NotFound(f"no {modelconfig.FILE}", file=folder, hint=what_else(entries))
+        raise NotFound(
+            f"no {modelconfig.FILE}",
+            file=repository.id if repository else folder,
+            hint=shards.what_else(entries),
+        )
     config = modelconfig.parse(read_bytes(root, modelconfig.FILE, modelconfig.MAX_BYTES))
     if not quantized:
         modelconfig.refuse_quantized(config)
-    noted = list(warnings)
-    files, tensors = read_weights(root, entries, noted)
+    warnings = list(repository.warnings) if repository else []
+    if remote and repository is not None:
+        from qconvert.hub import headers
+
+        read_headers = partial(headers.read_headers, repository)
+        files, tensors = shards.read_weights(root, entries, warnings, read_headers)
+        side_files = sidefiles.among({n: f.size for n, f in repository.files.items()})
+    else:
+        files, tensors = shards.read_weights(root, entries, warnings)
+        side_files = sidefiles.find(root)
+    if repository is not None and not remote:
+        promised = {n: f.sha256 for n, f in repository.files.items()}
+        files = {n: replace(info, sha256=promised.get(n)) for n, info in files.items()}
     return Checkpoint(
         root=root,
-        name=printable(name or _short_name(root)),
-        repo_id=repo_id,
-        revision=revision,
+        name=printable(
+            name or (repository.id.rpartition("/")[2] if repository else _short_name(root))
+        ),
         config=config,
         files=files,
         tensors=tensors,
-        side_files=sidefiles.find(root),
-        warnings=tuple(noted),
+        side_files=side_files,
+        repository=repository,
+        remote=remote,
+        warnings=tuple(warnings),
     )
 
 
@@ -116,17 +182,47 @@ def _short_name(root: Path) -> str:
     return root.name
 
 
-class SourceReader:
-    """Positional reads of a checkpoint's weights, from any number of threads.
+class Reader(Protocol):
+    """Positional reads of a checkpoint's weights, wherever they are, from any number of threads."""
 
-    Every file is opened once, and must still be the one whose header was read. Nothing is mapped:
-    a file that shrinks is a CorruptFile, not a SIGBUS.
+    def read(
+        self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
+    ) -> None:
+        """Fills `out`, C-contiguous, with the elements [start, stop) of the flattened tensor."""
+        ...
+
+    def check(self, file: str) -> None:
+        """Raises CorruptFile unless the file is what was promised when its header was read."""
+        ...
+
+    def release(self, tensor: TensorInfo) -> None:
+        """Says that the tensor will not be read again."""
+        ...
+
+
+class OpenFile(Protocol):
+    """One weight file, open."""
+
+    def read(self, out: memoryview, offset: int) -> None:
+        """Fills `out` from byte `offset` on; raises CorruptFile when the file ends too soon."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SourceReader:
+    """Reads a checkpoint where it lies: in a folder, or on the Hub by ranges.
+
+    Every file is opened once. One of a folder must still be that whose header was read, and is
+    not mapped: if it shrinks, that is a CorruptFile, not a SIGBUS.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._descriptors: dict[str, int] = {}
+        self._open: dict[str, OpenFile] = {}
         self._lock = Lock()
+        self._closed = Event()
+        self._hashed: set[str] = set()
 
     def __enter__(self) -> SourceReader:
         return self
@@ -135,39 +231,91 @@ class SourceReader:
         self.close()
 
     def close(self) -> None:
+        self._closed.set()
         with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+            for file in self._open.values():
+                file.close()
+            self._open.clear()
 
     def read(
         self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
     ) -> None:
-        """Fills `out`, C-contiguous, with the elements [start, stop) of the flattened tensor."""
-        if not 0 <= start_element <= stop_element <= tensor.numel:
-            raise ValueError(f"[{start_element}, {stop_element}) is not within {tensor}")
-        itemsize = ITEMSIZE[tensor.dtype]
-        view = out if isinstance(out, memoryview) else out.data
-        if view.nbytes != (stop_element - start_element) * itemsize:
-            raise ValueError(f"a buffer of {view.nbytes} bytes for {stop_element - start_element}")
+        offset, view = span(tensor, start_element, stop_element, out)
         if view.nbytes:
-            offset = tensor.start + start_element * itemsize
-            read_exactly(self._descriptor(tensor.file), view.cast("B"), offset, tensor.file)
+            self._file(tensor.file).read(view, offset)
+
+    def check(self, file: str) -> None:
+        """Raises CorruptFile if the file has changed, or is not what the Hub's tree says."""
+        self.check_unchanged(file)
+        expected = self._checkpoint.files[file].sha256
+        local = self._file(file)
+        if expected is None or file in self._hashed or not isinstance(local, _LocalFile):
+            return
+        found = digest.sha256(local.descriptor, self._closed)
+        if found != expected and not self._closed.is_set():
+            raise CorruptFile(
+                "not what the Hub's tree says",
+                file=self._checkpoint.root / file,
+                expected=f"sha256 {expected}",
+                got=found,
+                hint=f"rm {regular_file(self._checkpoint.root, file)} and run the same command",
+            )
+        self._hashed.add(file)
 
     def check_unchanged(self, file: str) -> None:
-        """Raises CorruptFile unless the file is what it was when its header was read."""
-        path = regular_file(self._checkpoint.root, file)
-        self._compare(file, path.stat())
-        self._compare(file, os.fstat(self._descriptor(file)))
+        """Raises CorruptFile unless the file is the one whose header was read."""
+        local = self._file(file)
+        if isinstance(local, _LocalFile):
+            self._compare(file, regular_file(self._checkpoint.root, file).stat())
+            self._compare(file, os.fstat(local.descriptor))
 
-    def _descriptor(self, file: str) -> int:
+    def release(self, tensor: TensorInfo) -> None:
+        pass
+
+    def _file(self, file: str) -> OpenFile:
         with self._lock:
-            if file not in self._descriptors:
-                descriptor = open_regular(regular_file(self._checkpoint.root, file), file)
-                self._descriptors[file] = descriptor
-                self._compare(file, os.fstat(descriptor))
-            return self._descriptors[file]
+            if file not in self._open:
+                self._open[file] = self._opened(file)
+            return self._open[file]
+
+    def _opened(self, file: str) -> OpenFile:
+        if self._checkpoint.remote and self._checkpoint.repository is not None:
+            from qconvert.hub.ranges import RangeFile
+
+            return RangeFile(self._checkpoint.repository, file)
+        descriptor = open_regular(regular_file(self._checkpoint.root, file), file)
+        try:
+            self._compare(file, os.fstat(descriptor))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return _LocalFile(descriptor, file)
 
     def _compare(self, file: str, status: os.stat_result) -> None:
         if identity(status) != self._checkpoint.files[file].identity:
             raise CorruptFile("changed while it was read", file=file)
+
+
+@dataclass(frozen=True, slots=True)
+class _LocalFile:
+    descriptor: int
+    name: str
+
+    def read(self, out: memoryview, offset: int) -> None:
+        read_exactly(self.descriptor, out, offset, self.name)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def span(
+    tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
+) -> tuple[int, memoryview]:
+    """Where in its file the elements begin, and `out` as bytes; ValueError if it does not fit."""
+    if not 0 <= start_element <= stop_element <= tensor.numel:
+        raise ValueError(f"[{start_element}, {stop_element}) is not within {tensor}")
+    itemsize = ITEMSIZE[tensor.dtype]
+    view = out if isinstance(out, memoryview) else out.data
+    if view.nbytes != (stop_element - start_element) * itemsize:
+        raise ValueError(f"a buffer of {view.nbytes} bytes for {stop_element - start_element}")
+    return tensor.start + start_element * itemsize, view.cast("B") if view.nbytes else view

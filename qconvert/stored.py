@@ -19,7 +19,7 @@ from qconvert.errors import CorruptFile, NotFound, UnsupportedConfig, UsageError
 from qconvert.lazy import np
 from qconvert.safepath import read_bytes
 from qconvert.shards import read_weights
-from qconvert.source import SourceReader, did_you_mean
+from qconvert.source import Reader, SourceReader, did_you_mean
 from qconvert.staging import MANIFEST_NAME
 from qconvert.tiles import TILE_ELEMENTS
 from qconvert.types import (
@@ -132,12 +132,10 @@ def open_stored(folder: Path) -> Stored:
     checkpoint = Checkpoint(
         root=root,
         name=root.name,
-        repo_id=None,
-        revision=None,
         config=config,
         files=files,
         tensors=tensors,
-        side_files=(),
+        side_files={},
         warnings=tuple(warnings),
     )
     with SourceReader(checkpoint) as reader:
@@ -188,14 +186,14 @@ def _manifest(root: Path) -> JSON | None:
 # ── weights ──────────────────────────────────────────────────────────────────────────────────
 
 
-def read_raw(reader: SourceReader, info: TensorInfo) -> bytes:
+def read_raw(reader: Reader, info: TensorInfo) -> bytes:
     """The bytes of a whole tensor."""
     data = bytearray(info.nbytes)
     reader.read(info, 0, info.numel, memoryview(data))
     return bytes(data)
 
 
-def read_tensor(reader: SourceReader, info: TensorInfo) -> Array:
+def read_tensor(reader: Reader, info: TensorInfo) -> Array:
     """A whole tensor, in the numpy dtype that holds its bits, shaped as on disk."""
     array = np.empty(info.numel, arrays.storage_dtype(info.dtype))
     reader.read(info, 0, info.numel, array)
@@ -205,7 +203,7 @@ def read_tensor(reader: SourceReader, info: TensorInfo) -> Array:
 class LayerReader:
     """Decodes a stored layer tile by tile, from any number of threads."""
 
-    def __init__(self, stored: Stored, name: str, reader: SourceReader) -> None:
+    def __init__(self, stored: Stored, name: str, reader: Reader) -> None:
         self.layer, self.method = stored.layers[name]
         self._container = stored.container
         self._reader = reader

@@ -42,6 +42,7 @@ MAX_RANK = 8
 
 _METADATA = "__metadata__"
 _PREFIX = struct.Struct("<Q")
+PREFIX_BYTES = _PREFIX.size
 _ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
     "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
@@ -90,17 +91,22 @@ def read_header(
         header = _read_json(fd, status.st_size, name)
     finally:
         os.close(fd)
-    digest = hashlib.sha256(_PREFIX.pack(len(header)) + header).hexdigest()
-    metadata, tensors = _parse(header, status.st_size, name)
-    return metadata, tensors, FileInfo(name, status.st_size, digest, identity(status))
+    return parse_header(header, name, identity(status))
 
 
 def _read_json(fd: int, size: int, name: str) -> bytes:
-    if size < _PREFIX.size + 2:
-        raise CorruptFile("truncated", file=name, expected="≥ 10 bytes", got=f"{size} bytes")
-    prefix = bytearray(_PREFIX.size)
+    prefix = bytearray(min(size, PREFIX_BYTES))
     read_exactly(fd, memoryview(prefix), 0, name)
-    (length,) = _PREFIX.unpack(prefix)
+    header = bytearray(header_length(prefix, size, name))
+    read_exactly(fd, memoryview(header), PREFIX_BYTES, name)
+    return bytes(header)
+
+
+def header_length(prefix: bytes | bytearray, size: int, name: str) -> int:
+    """Bytes of JSON in a file of `size` bytes that begins with `prefix`. Raises CorruptFile."""
+    if size < PREFIX_BYTES + 2:
+        raise CorruptFile("truncated", file=name, expected="≥ 10 bytes", got=f"{size} bytes")
+    (length,) = _PREFIX.unpack_from(prefix)
     if not 2 <= length <= MAX_HEADER_BYTES:
         raise CorruptFile(
             "not a safetensors header",
@@ -108,16 +114,27 @@ def _read_json(fd: int, size: int, name: str) -> bytes:
             expected=f"a length from 2 to {MAX_HEADER_BYTES:,} bytes",
             got=f"{length:,}",
         )
-    if _PREFIX.size + length > size:
+    if PREFIX_BYTES + length > size:
         raise CorruptFile(
             "truncated within the header",
             file=name,
-            expected=f"{_PREFIX.size + length:,} bytes or more",
+            expected=f"{PREFIX_BYTES + length:,} bytes or more",
             got=f"{size:,}",
         )
-    header = bytearray(length)
-    read_exactly(fd, memoryview(header), _PREFIX.size, name)
-    return bytes(header)
+    return int(length)
+
+
+def parse_header(
+    header: bytes, name: str, identity: tuple[int, int, int], sha256: str | None = None
+) -> tuple[dict[str, str], tuple[TensorInfo, ...], FileInfo]:
+    """Metadata, tensors in offset order, and `FileInfo`, of a header without its length prefix.
+
+    `identity` begins with the size of the file; `sha256` is what is known of its content.
+    """
+    size = identity[0]
+    digest = hashlib.sha256(_PREFIX.pack(len(header)) + header).hexdigest()
+    metadata, tensors = _parse(header, size, name)
+    return metadata, tensors, FileInfo(name, size, digest, identity, sha256)
 
 
 def _parse(header: bytes, size: int, name: str) -> tuple[dict[str, str], tuple[TensorInfo, ...]]:
@@ -137,7 +154,7 @@ def _parse(header: bytes, size: int, name: str) -> tuple[dict[str, str], tuple[T
     metadata = document.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CorruptFile("metadata is not a table of strings", file=name)
-    data_start = _PREFIX.size + len(header)
+    data_start = PREFIX_BYTES + len(header)
     tensors = [_tensor(tensor, entry, data_start, name) for tensor, entry in document.items()]
     tensors.sort(key=lambda t: (t.start, t.end, t.name))
     _check_coverage(tensors, data_start, size, name)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from qconvert import arrays
 from qconvert.lazy import np
-from qconvert.source import SourceReader
+from qconvert.source import Reader
 from qconvert.types import ITEMSIZE, Array, Container, PlanEntry, TensorInfo, Tile, Write
 
 TILE_ELEMENTS = 1 << 20
@@ -61,7 +61,7 @@ def local_name(entry: PlanEntry, name: str) -> str:
     return "" if entry.layer is None else name.removeprefix(f"{entry.layer.name}.")
 
 
-def read_tile(reader: SourceReader, tensor: TensorInfo, tile: Tile) -> Array:
+def read_tile(reader: Reader, tensor: TensorInfo, tile: Tile) -> Array:
     """The tile's source bits, shaped as `Method.quantize` takes them."""
     flat = np.empty(tile.numel, arrays.storage_dtype(tensor.dtype))
     at = 0

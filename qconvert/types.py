@@ -78,7 +78,36 @@ class FileInfo:
     size: int
     header_sha256: str
     identity: tuple[int, int, int]
-    """(st_size, st_mtime_ns, st_ino)"""
+    """(st_size, st_mtime_ns, st_ino); zeros after the size while the file is on the Hub alone."""
+    sha256: str | None = None
+    """What the tree of its Hub repository says of the content."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file as the tree of a Hub repository lists it."""
+
+    size: int
+    oid: str
+    """Of the git blob: sha1 of "blob <size>\\0" and the content (of a pointer, for an LFS file)."""
+    sha256: str | None = None
+    """Of the content; LFS files alone have one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A Hub repository at one commit."""
+
+    id: str
+    """As the Hub spells it, which a renamed or misspelled id need not be."""
+    commit: str
+    """40 hex digits."""
+    asked: str
+    """The id that was asked for."""
+    private: bool
+    gated: bool
+    files: Mapping[str, RemoteFile]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +115,30 @@ class Checkpoint:
     """A source model, headers only. Weights are read later, by offset."""
 
     root: Path
+    """Its folder. While the weights are on the Hub alone: the cache's, with the small files."""
     name: str
     """What the user typed, as a short name: "Llama-2-7b", "demo"."""
-    repo_id: str | None
-    revision: str | None
-    """40-hex commit of a Hub repository; None for a folder."""
     config: JSON
     files: Mapping[str, FileInfo]
     tensors: Mapping[str, TensorInfo]
     """In (file, offset) order."""
-    side_files: tuple[str, ...]
-    """Tokenizer, chat template, generation config, licences: copied byte for byte."""
+    side_files: Mapping[str, int]
+    """Tokenizer, chat template, generation config, licences, and their sizes: copied byte for
+    byte."""
+    repository: Repository | None = None
+    """Where on the Hub it comes from; None for a folder."""
+    remote: bool = False
+    """Whether the weights are to be read from the Hub, by ranges; side files are not here then."""
     warnings: tuple[str, ...] = ()
+
+    @property
+    def repo_id(self) -> str | None:
+        return self.repository.id if self.repository else None
+
+    @property
+    def revision(self) -> str | None:
+        """40-hex commit of a Hub repository; None for a folder."""
+        return self.repository.commit if self.repository else None
 
 
 # ── the model's structure ────────────────────────────────────────────────────────────────────
