@@ -22,6 +22,7 @@ from qconvert.calibration.options import CalibrationOptions
 from qconvert.calibration.report import Figures, OnEvent, figures_from
 from qconvert.errors import DiskFull, NonFinite, UsageError
 from qconvert.layout import DEFAULT_SHARD_BYTES
+from qconvert.leftovers import Sealed
 from qconvert.planning import Override, announced_dtype, make_plan
 from qconvert.pour import Progress, pour
 from qconvert.solution import Solution
@@ -156,7 +157,7 @@ def convert(
         verdict, reports = _prove(request, planned, staged.tree, progress)
         clock.lap("validate")
 
-        _seal(request, planned, staged.tree, poured.sha256, verdict, reports, solved, clock)
+        _seal(request, planned, staged.tree, poured.sealed, verdict, reports, solved, clock)
         staged.commit(overwrite=request.overwrite)
     return Result(
         destination,
@@ -256,7 +257,7 @@ def _seal(
     request: Request,
     planned: Plan,
     tree: Path,
-    shards: Mapping[str, str],
+    sealed: Mapping[str, Sealed],
     verdict: Verdict | None,
     reports: tuple[Report, ...],
     solved: Calibrated | None,
@@ -281,7 +282,8 @@ def _seal(
             staging.write_file(tree / name, data)
         staging.write_file(tree / card.NAME, card.render(document, planned.checkpoint))
         small = [*planned.generated, *planned.copied, *pictures, card.NAME]
-        document["files"] = {**shards, **manifest.hash_files(tree, small)}
+        hashes = {name: shard.sha256 for name, shard in sealed.items()}
+        document["files"] = {**hashes, **manifest.hash_files(tree, small)}
         run = {"seconds": clock.laps, "source": str(planned.checkpoint.root)}
         if solved:
             run["calibration_seconds"] = solved.seconds

@@ -7,8 +7,13 @@ calls and the kernels release the GIL, so threads are enough. Nothing depends on
 when: the plan alone says which bytes go where, and peak memory is one tile a worker.
 
 A finished tensor is journalled with a checksum; a finished shard is hashed, synced and renamed by
-a thread of its own while the next one is being poured. A resumed run believes neither: journalled
-tensors are read back and compared, sealed shards are hashed again, and what differs is done anew.
+a thread of its own while the next one is being poured. A resumed run believes neither (see
+`leftovers.py`).
+
+Where the source is a stream, its tensors come once and in order. So a tensor is proved, if it is
+to be, while its source is still in memory; and a shard is sealed once every source file that
+feeds it has the hash that was promised. With a sink, sealed shards leave, and a new one is opened
+only while few enough lie here.
 """
 
 from __future__ import annotations
@@ -17,22 +22,26 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from qconvert import leftovers
 from qconvert.digest import sha256
 from qconvert.errors import NonFinite
+from qconvert.leftovers import Leftovers, Sealed
 from qconvert.origins import Copied, Origin, Quantize, Quantized, Solved
 from qconvert.solution import Solution
-from qconvert.source import SourceReader
+from qconvert.source import Reader, SourceReader, span
 from qconvert.staging import Staging, output_errors, publish
-from qconvert.tensors import write_exactly
-from qconvert.tiles import global_name, tiles_of, written_ranges
-from qconvert.types import ITEMSIZE, Array, Parts, Plan, PlanEntry, Shard, Tile
+from qconvert.tensors import read_exactly, write_exactly
+from qconvert.tiles import global_name, tiles_of
+from qconvert.types import ITEMSIZE, JSON, Array, Parts, Plan, PlanEntry, Shard, TensorInfo, Tile
 
 Progress = Callable[[int, int, str], None]
 """Called with (source bytes done, source bytes in all, what is at work), from any thread."""
@@ -41,18 +50,12 @@ _SYNC_BYTES = 1 << 28
 
 
 Prove = Callable[[PlanEntry, Reader, Reader], JSON]
-"""Compares a tensor's source (first) with what was written (second, by the plan's output names) while
-the source is at hand; its figures are kept in the journal. Called from the workers."""
+"""Compares a tensor's source (the first reader's) with what was written (the second's, by the
+plan's output names) while the source is at hand; the journal keeps what it returns."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sealed:
-    """A finished shard: what its bytes are, and what was proved of the tensors in it."""
-
-    size: int
-    sha256: str
-    proofs: Mapping[str, JSON] = field(default_factory=dict)
-    """By the name of the source tensor; empty unless a `Prove` was at work."""
+class Closeable(Reader, AbstractContextManager["Closeable"], Protocol):
+    """A reader that is to be closed after use."""
 
 
 class Sink(Protocol):
@@ -90,22 +93,45 @@ def pour(
     quantize: Quantize | None = None,
     solution: Solution | None = None,
     progress: Progress | None = None,
+    source: Callable[[Sequence[str]], Closeable] | None = None,
+    prove: Prove | None = None,
+    sink: Sink | None = None,
 ) -> Poured:
     """Writes every shard of `plan` into the staging tree, resuming what is there.
 
     What `solution` holds is written as it is there; the rest is quantized, on the CPU by the
-    method's own kernels unless `quantize` says otherwise, or copied. Raises NonFinite naming every
-    tensor that holds NaN or Inf, CorruptFile if a source file changes meanwhile, DiskFull and
-    other OutputErrors. An exception in the calling thread (a signal handler's) stops the workers
-    after their tile; what is finished stays journalled.
+    method's own kernels unless `quantize` says otherwise, or copied. `source` opens a stream of
+    the files that are still to be read, in the plan's order; without it they are read where the
+    checkpoint lies. Raises NonFinite naming every tensor that holds NaN or Inf, CorruptFile if a
+    source file changes meanwhile or is not what was promised, DiskFull and other OutputErrors.
+    An exception in the calling thread (a signal handler's) stops the workers after their tile;
+    what is finished stays journalled.
 
-    Peak memory: `threads` tiles (see `Plan.peak_bytes`).
+    Peak memory: `threads` tiles (see `Plan.peak_bytes`), and what a stream holds.
     """
-    with SourceReader(plan.checkpoint) as reader:
+    left = leftovers.survey(plan, staging, sink.done if sink else {}, proved=prove is not None)
+    with source(left.files(plan)) if source else SourceReader(plan.checkpoint) as reader:
         origins: list[Origin] = [Quantized(reader, plan.container, quantize), Copied(reader)]
         if solution is not None:
             origins.insert(0, Solved(solution, plan.container))
-        return _Pouring(plan, staging, reader, origins, progress or _silent).run(threads)
+        pouring = _Pouring(
+            plan, staging, reader, origins, left, progress or _silent, prove, sink,
+            streamed=source is not None,
+        )  # fmt: skip
+        return pouring.run(threads)
+
+
+def shards_at_once(plan: Plan, most: int) -> int:
+    """How many shards may have to lie on disk for `most` to be wanted there.
+
+    A shard is sealed when the source files that feed it have come to their end, so all shards
+    that one file feeds must be open together.
+    """
+    feeding: dict[str, int] = {}
+    for shard in plan.shards:
+        for file in {plan.entries[index].tensor.file for index in shard.entries}:
+            feeding[file] = feeding.get(file, 0) + 1
+    return min(len(plan.shards), max(most, *feeding.values()))
 
 
 def _silent(done: int, total: int, what: str) -> None:
@@ -139,33 +165,51 @@ class _Job:
 
 
 class _Pouring:
-    """What the workers of one `pour` share; `lock` guards all that changes."""
+    """What the workers of one `pour` share; `lock` guards all that changes.
+
+    `turn` is held by the worker that fetches the next tile: it may wait there for room on disk,
+    while the others go on.
+    """
 
     def __init__(
         self,
         plan: Plan,
         staging: Staging,
-        reader: SourceReader,
+        reader: Reader,
         origins: Sequence[Origin],
+        left: Leftovers,
         progress: Progress,
+        prove: Prove | None,
+        sink: Sink | None,
+        *,
+        streamed: bool,
     ) -> None:
         self.plan = plan
         self.staging = staging
         self.reader = reader
         self.origins = origins
+        self.left = left
         self.progress = progress
+        self.prove = prove
+        self.sink = sink
+        self.streamed = streamed
         self.lock = threading.Lock()
+        self.turn = threading.Lock()
         self.abort = threading.Event()
         self.done = 0
         self.total = sum(entry.tensor.nbytes for entry in plan.entries)
         self.failed: list[_Job] = []
         self.poured = Poured({})
+        self.proofs = {name: proof for name, proof in left.poured.items() if proof is not None}
         self.open_shards: list[_OpenShard] = []
         self.sealer = ThreadPoolExecutor(1, "seal")
         self.syncer = ThreadPoolExecutor(1, "sync")  # the disk works while the others compute
+        self.taker = ThreadPoolExecutor(1, "take")
         self.sealing: list[Future[None]] = []
-        self.checksums = {r["tensor"]: r["checksum"] for r in staging.records if "tensor" in r}
-        self.sealed = {r["shard"]: r["sha256"] for r in staging.records if "shard" in r}
+        self.taking: list[Future[None]] = []
+        self.room = threading.Semaphore(
+            shards_at_once(plan, sink.most_on_disk) if sink else len(plan.shards)
+        )
 
     def run(self, threads: int) -> Poured:
         work = self._work()
@@ -173,13 +217,13 @@ class _Pouring:
         try:
             _await([pool.submit(self._worker, work) for _ in range(threads)])
             _await(self.sealing)
+            _await(self.taking)
         except BaseException:
             self.abort.set()
             raise
         finally:
-            pool.shutdown()
-            self.sealer.shutdown()
-            self.syncer.shutdown()
+            for executor in (pool, self.sealer, self.syncer, self.taker):
+                executor.shutdown()
             for target in self.open_shards:
                 os.close(target.fd)
         if self.failed:
@@ -190,7 +234,7 @@ class _Pouring:
         try:
             with output_errors(self.staging.tree):
                 while not self.abort.is_set():
-                    with self.lock:
+                    with self.turn:
                         item = next(work, None)
                     if item is None:
                         return
@@ -200,23 +244,33 @@ class _Pouring:
             raise
 
     def _work(self) -> Iterator[tuple[_Job, Tile]]:
-        """Every tile that is still to be poured, in file order. Runs under the lock."""
+        """Every tile that is still to be poured, in file order. Runs under `turn`."""
         for shard in self.plan.shards:
-            if self._sealed_earlier(shard):
+            if self._finished_earlier(shard):
                 continue
+            if not self._wait_for_room():
+                return
             target = self._open(shard)
             for index in shard.entries:
                 entry = self.plan.entries[index]
                 tiles = tiles_of(entry, self.plan.container)
                 origin = next(o for o in self.origins if o.has(entry))
                 job = _Job(entry, origin, target, len(tiles))
-                if self._poured_earlier(job):
+                if entry.tensor.name in self.left.poured:
                     self._skip(entry)
-                    tiles = []
-                if not tiles:
                     self._close(job)
+                    continue
+                if not tiles:
+                    self._end_tensor(job)
                 for tile in tiles:
                     yield job, tile
+
+    def _wait_for_room(self) -> bool:
+        """Waits until one more shard may lie on disk; False once everything has to stop."""
+        while not self.room.acquire(timeout=0.1):
+            if self.abort.is_set():
+                return False
+        return True
 
     # ── one tile ─────────────────────────────────────────────────────────────────────────────
 
@@ -278,9 +332,21 @@ class _Pouring:
                 for name, part in parts.items():
                     job.checksum += self._write(job, name, 0, _bytes(part))
         if job.non_finite is None:
-            self.staging.record(tensor=entry.tensor.name, checksum=job.checksum)
-        with self.lock:
-            self._close(job)
+            self._record(job)
+        self.reader.release(entry.tensor)
+        self._close(job)
+
+    def _record(self, job: _Job) -> None:
+        """Journals a finished tensor, with what was proved of it."""
+        entry = job.entry
+        proof: JSON = {}
+        if self.prove is not None:
+            proof["proof"] = self.prove(entry, self.reader, _Written(job.target))
+            with self.lock:
+                self.proofs[entry.tensor.name] = proof["proof"]
+        if self.streamed:
+            proof["streamed"] = True
+        self.staging.record(tensor=entry.tensor.name, checksum=job.checksum, **proof)
 
     # ── shards ───────────────────────────────────────────────────────────────────────────────
 
@@ -297,28 +363,32 @@ class _Pouring:
         return target
 
     def _close(self, job: _Job) -> None:
-        """Counts a tensor as done; the last of a shard starts its sealing. Under the lock."""
-        if job.non_finite is not None:
-            self.failed.append(job)
-        job.target.open_entries -= 1
-        if job.target.open_entries == 0:
-            self.sealing.append(self.sealer.submit(self._seal, job.target))
+        """Counts a tensor as done; the last of a shard starts its sealing."""
+        with self.lock:
+            if job.non_finite is not None:
+                self.failed.append(job)
+            job.target.open_entries -= 1
+            if job.target.open_entries == 0:
+                self.sealing.append(self.sealer.submit(self._seal, job.target))
 
     def _seal(self, target: _OpenShard) -> None:
         """Hashes a full shard, makes it durable and gives it its name."""
         synced: Future[None] | None = None
+        shard = target.shard
         try:
             with output_errors(target.part):
-                for file in {self.plan.entries[i].tensor.file for i in target.shard.entries}:
-                    self.reader.check_unchanged(file)
+                for file in sorted({self.plan.entries[i].tensor.file for i in shard.entries}):
+                    self.reader.check(file)
                 synced = self.syncer.submit(os.fdatasync, target.fd)
                 digest = sha256(target.fd, self.abort)
                 synced.result()
                 if self.failed or self.abort.is_set():
                     return
                 publish(target.part, target.final)
-                self.staging.record(shard=target.shard.name, sha256=digest)
-                self.poured.sha256[target.shard.name] = digest
+                self.staging.record(shard=shard.name, sha256=digest)
+                names = (self.plan.entries[i].tensor.name for i in shard.entries)
+                proofs = {name: self.proofs[name] for name in names if name in self.proofs}
+                self._hand_over(shard, Sealed(shard.size, digest, proofs))
         except BaseException:
             self.abort.set()
             raise
@@ -327,37 +397,64 @@ class _Pouring:
             os.close(target.fd)
             self.open_shards.remove(target)
 
+    def _hand_over(self, shard: Shard, sealed: Sealed) -> None:
+        """Counts a sealed shard, and gives it to the sink if there is one."""
+        with self.lock:
+            self.poured.sealed[shard.name] = sealed
+            if self.sink is not None:
+                self.taking.append(self.taker.submit(self._take, self.sink, shard, sealed))
+
+    def _take(self, sink: Sink, shard: Shard, sealed: Sealed) -> None:
+        try:
+            if self.abort.is_set():
+                return
+            path = self.staging.tree / shard.name
+            sink.take(shard, path, sealed)
+            path.unlink()
+            self.room.release()
+        except BaseException:
+            self.abort.set()
+            raise
+
     # ── what an earlier run left ─────────────────────────────────────────────────────────────
 
-    def _sealed_earlier(self, shard: Shard) -> bool:
-        final = self.staging.tree / shard.name
-        expected = self.sealed.get(shard.name)
-        if expected is None or not final.is_file() or final.stat().st_size != shard.size:
+    def _finished_earlier(self, shard: Shard) -> bool:
+        sealed = self.left.sealed.get(shard.name)
+        if sealed is None:
             return False
-        fd = os.open(final, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if sha256(fd, self.abort) != expected:
-                return False
-        finally:
-            os.close(fd)
-        self.poured.sha256[shard.name] = expected
         for index in shard.entries:
             self._skip(self.plan.entries[index])
+        if self.sink is None or shard.name in self.sink.done:
+            self.poured.sealed[shard.name] = sealed
+        elif self._wait_for_room():
+            self._hand_over(shard, sealed)
         return True
 
-    def _poured_earlier(self, job: _Job) -> bool:
-        expected = self.checksums.get(job.entry.tensor.name)
-        if expected is None:
-            return False
-        found = 0
-        for write in written_ranges(job.entry, self.plan.container):
-            at = job.target.shard.offsets[global_name(job.entry, write.part)] + write.offset
-            found += zlib.crc32(os.pread(job.target.fd, write.nbytes, at), at & 0xFFFFFFFF)
-        return bool(found == expected)
-
     def _skip(self, entry: PlanEntry) -> None:
-        self.done += entry.tensor.nbytes
-        self.poured.resumed_bytes += entry.tensor.nbytes
+        self.reader.release(entry.tensor)
+        with self.lock:
+            self.done += entry.tensor.nbytes
+            self.poured.resumed_bytes += entry.tensor.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """Reads back what was written to a shard that is being filled."""
+
+    target: _OpenShard
+
+    def read(
+        self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
+    ) -> None:
+        offset, view = span(tensor, start_element, stop_element, out)
+        if view.nbytes:
+            read_exactly(self.target.fd, view, offset, self.target.shard.name)
+
+    def check(self, file: str) -> None:
+        pass
+
+    def release(self, tensor: TensorInfo) -> None:
+        pass
 
 
 def unquantizable(found: Sequence[tuple[PlanEntry, object]], hint: str = "") -> NonFinite:

@@ -138,7 +138,7 @@ class Staging:
         self._lock = -1
         self._journal = -1
         self.records: list[JSON] = []
-        """What an earlier run wrote to the journal; hints, to be checked."""
+        """What is in the journal; hints, to be checked."""
 
     @property
     def held_bytes(self) -> int:
@@ -173,6 +173,7 @@ class Staging:
 
     def record(self, **fields: Any) -> None:
         """Appends one line to the journal; safe from several threads."""
+        self.records.append(fields)
         line = json.dumps(fields, sort_keys=True) + "\n"
         os.write(self._journal, line.encode())
 

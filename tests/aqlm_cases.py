@@ -69,7 +69,8 @@ def write_aqlm(
         document = manifest.make_manifest(plan, verb="aqlm", options={}, verdict=None, reports=())
         staging.write_file(staged.tree / card.NAME, card.render(document, plan.checkpoint))
         small = [*plan.generated, *plan.copied, card.NAME]
-        document["files"] = {**poured.sha256, **manifest.hash_files(staged.tree, small)}
+        hashes = {name: sealed.sha256 for name, sealed in poured.sealed.items()}
+        document["files"] = {**hashes, **manifest.hash_files(staged.tree, small)}
         staging.write_file(staged.tree / staging.MANIFEST_NAME, manifest.dump(document))
         staged.commit()
     return plan

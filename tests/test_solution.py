@@ -98,4 +98,5 @@ def test_pouring_copies_the_solution_whatever_the_tiles(
     with Solution([path]) as written:
         for name, array in tensors.items():
             assert written.whole(name) == array.tobytes()
-    assert poured.sha256 == {"model.safetensors": hashlib.sha256(found[0]).hexdigest()}
+    (sealed,) = poured.sealed.values()
+    assert sealed.sha256 == hashlib.sha256(found[0]).hexdigest()
