@@ -1,0 +1,43 @@
+"""What a result is called, as a folder and as a repository: `<model>-<METHOD>-<bits>bit…`.
+
+The names that people search for: Llama-2-7b-hf-HQQ-4bit, Mistral-7B-v0.1-AQLM-2bit-1x16. The model
+comes first, so that a list of repositories sorts by model; AQLM's scheme is there because it, and
+not the bits, decides which kernels can run the result. A name is valid on the Hub whatever the
+model's folder is called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_LONGEST = 96
+"""Characters of a repository's name, by the Hub's rule."""
+_USUAL_GROUP = 8
+"""Vectors of AQLM are this long unless the name says otherwise."""
+
+
+def default_name(model: str, verb: str, options: Mapping[str, Any]) -> str:
+    """The name of what `verb` makes of `model`; `options` are the method's own (`bits`, …)."""
+    suffix = f"-{verb.upper()}-{options['bits']}bit{_scheme(options)}"
+    return plain(model, _LONGEST - len(suffix)) + suffix
+
+
+def plain(name: str, most: int = _LONGEST) -> str:
+    """`name` as the Hub allows it: [A-Za-z0-9._-], no `--` nor `..`, no sign at either end, no .git.
+
+    The owner of a Hub id is dropped. "model" where nothing is left.
+    """
+    short = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rpartition("/")[2])
+    short = re.sub(r"[.-]*-[.-]*", "-", re.sub(r"\.\.+", ".", short)).strip("._-")
+    return re.sub(r"(\.git|[._-])+$", "", short[:most], flags=re.IGNORECASE) or "model"
+
+
+def _scheme(options: Mapping[str, Any]) -> str:
+    """ "-2x8" for AQLM's two codebooks of 8-bit codes; nothing for methods without codebooks."""
+    if "num_codebooks" not in options:
+        return ""
+    group = options["in_group_size"]
+    tail = "" if group == _USUAL_GROUP else f"g{group}"
+    return f"-{options['num_codebooks']}x{options['nbits_per_codebook']}{tail}"
