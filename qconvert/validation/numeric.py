@@ -27,10 +27,9 @@ later without them.
 
 from __future__ import annotations
 
-import math
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,32 +37,18 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
-import numpy as np
-
-from qconvert import arrays, contract, linears
+from qconvert import linears
 from qconvert.source import SourceReader
-from qconvert.stored import LayerReader, Stored, read_tensor
-from qconvert.tiles import TILE_ELEMENTS, read_tile
-from qconvert.types import (
-    ITEMSIZE,
-    JSON,
-    Array,
-    Check,
-    Checkpoint,
-    Plan,
-    Report,
-    Structure,
-    TensorInfo,
-    Tile,
-)
-from qconvert.validation.comparison import Errors, compare
+from qconvert.stored import LayerReader, Stored
+from qconvert.types import ITEMSIZE, Checkpoint, Plan, Report, Structure, TensorInfo, Tile
+from qconvert.validation import pairs
+from qconvert.validation.bands import Compared, failing, numeric_report
+from qconvert.validation.comparison import Errors
 from qconvert.validation.hashing import Hashing
-from qconvert.validation.reports import NUMERIC, Progress, listed, rounded
-from qconvert.validation.tuned import Change, change, too_far, tuned_names
+from qconvert.validation.reports import Progress
+from qconvert.validation.tuned import Change, tuned_names
 
 T = TypeVar("T")
-
-_WORST = 5
 
 
 def check_numeric(
@@ -94,23 +79,16 @@ def check_numeric(
         comparison = _Comparison(
             stored, checkpoint, source, result, partial(_in_order, pool, 2 * workers), progress
         )
-        strays = list(comparison.strays())
+        if strays := list(comparison.strays()):
+            return failing("source and result have the same tensors", strays)
         tuned = tuned_names(stored, plan)
-        layers = comparison.layers() if not strays else {}
-        copies = comparison.copies(tuned) if not strays else []
-        changes = comparison.changes(tuned) if not strays else {}
+        compared = Compared(
+            comparison.layers(), comparison.copies(tuned), comparison.changes(tuned)
+        )
         for file in checkpoint.files:
             source.check_unchanged(file)
         sha256 = hashing.result()
-    if strays:
-        return Report(NUMERIC, [_check("source and result have the same tensors", strays)])
-    checks = [*_judge(stored, layers), _check("copies are the source's", copies)]
-    figures = _figures(stored, layers)
-    if changes:
-        checks.append(_check("tuned tensors are close to the source's", too_far(stored, changes)))
-        largest = max(found.relative for found in changes.values())
-        figures["tuned"] = {"tensors": len(changes), "largest_change": rounded(largest)}
-    return Report(NUMERIC, checks, figures | {"source_sha256": sha256})
+    return numeric_report(stored, compared, sha256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +123,7 @@ class _Comparison:
         ours = self.checkpoint.tensors
         twins = (ours[twin] for twin in self.stored.copies if twin in ours)
         return any(
-            all(
-                np.array_equal(_bits(self.source, info, *run), _bits(self.source, twin, *run))
-                for run in _runs(info)
-            )
+            pairs.differing(info, twin, self.source, self.source) == 0
             for twin in twins
             if (twin.dtype, twin.shape) == (info.dtype, info.shape)
         )
@@ -176,157 +151,23 @@ class _Comparison:
     def _compare_tile(
         self, name: str, reader: LayerReader, tensor: TensorInfo, tile: Tile
     ) -> tuple[str, int, Errors]:
-        weights = arrays.to_float32(read_tile(self.source, tensor, tile), tensor.dtype)
-        decoded = reader.decode(tile)
-        errors = compare(_groups(weights, reader), _groups(decoded, reader))
+        errors = pairs.tile_errors(reader, tile, tensor, self.source)
         return name, tile.numel * ITEMSIZE[tensor.dtype], errors
 
-    def copies(self, tuned: Collection[str]) -> list[str]:
-        """Copied tensors that are not the source's, those in `tuned` left out."""
-        tasks = (
-            partial(self._compare_copy, self.checkpoint.tensors[name], info)
-            for name, info in self.stored.copies.items()
-            if name not in tuned
-        )
-        return [wrong for wrong in self.run(tasks) if wrong]
+    def copies(self, tuned: Collection[str]) -> dict[str, int]:
+        """How many values of the copied tensors differ, those in `tuned` left out."""
+        names = [name for name in self.stored.copies if name not in tuned]
+        return dict(zip(names, self.run(self._pairs(pairs.differing, names)), strict=True))
 
     def changes(self, tuned: Collection[str]) -> dict[str, Change]:
         """What became of the tuned tensors."""
         names = sorted(tuned)
-        tasks = (
-            partial(self._compare_tuned, self.checkpoint.tensors[name], self.stored.copies[name])
-            for name in names
-        )
-        return dict(zip(names, self.run(tasks), strict=True))
+        return dict(zip(names, self.run(self._pairs(pairs.tuned_change, names)), strict=True))
 
-    def _compare_tuned(self, original: TensorInfo, copy: TensorInfo) -> Change:
-        before, after = (
-            arrays.to_float32(read_tensor(reader, info), info.dtype)
-            for reader, info in ((self.source, original), (self.result, copy))
-        )
-        return change(before, after)
-
-    def _compare_copy(self, original: TensorInfo, copy: TensorInfo) -> str:
-        differing = 0
-        for run in _runs(original):
-            expected = _bits(self.source, original, *run)
-            if copy.dtype != original.dtype:
-                bits = expected.view(arrays.storage_dtype(original.dtype))
-                cast = arrays.from_float32(arrays.to_float32(bits, original.dtype), copy.dtype)
-                expected = cast.view(f"u{cast.itemsize}")
-            differing += int(np.count_nonzero(expected != _bits(self.result, copy, *run)))
-        if not differing:
-            return ""
-        return f"{copy.file}, tensor {copy.name}: {differing:,} of {copy.numel:,} values differ"
-
-
-def _groups(block: Array, reader: LayerReader) -> Array:
-    """A block as [groups, group], the weights that share a scale side by side."""
-    method: Any = reader.method
-    if getattr(method, "axis", 1) == 0:
-        return np.ascontiguousarray(block.T)
-    size = getattr(method, "group_size", None) or getattr(method, "blocksize", None)
-    return block.reshape(-1, size or reader.layer.in_features)
-
-
-# ── verdict ──────────────────────────────────────────────────────────────────────────────────
-
-
-def _judge(stored: Stored, layers: Mapping[str, Errors]) -> list[Check]:
-    broken, outside, groups, gains, peaks, lost = [], [], [], [], [], []
-    knows_gains = False
-    data = contract.load(stored.container.name)
-    for name, errors in sorted(layers.items(), key=lambda item: -item[1].relative):
-        layer, method = stored.layers[name]
-        where = f"{_file(stored, name)}, layer {name}"
-        band = data.band(stored.container.variant(method), contract.environment(layer, method))
-        if errors.non_finite:
-            broken.append(f"{where}: {errors.non_finite:,} weights are NaN or Inf")
-        if not band.low <= errors.relative <= band.high and not errors.non_finite:
-            outside.append(
-                f"{where}: expected a relative error from {band.low:g} to {band.high:g}, "
-                f"got {errors.relative:.4g}"
-            )
-        if errors.worst_group > band.group_high:
-            groups.append(
-                f"{where}: expected ≤ {band.group_high:g} in every group, "
-                f"got {errors.worst_group:.4g}"
-            )
-        if band.gain_high < math.inf and not errors.non_finite:
-            knows_gains = True
-            low, high = errors.group_gains
-            if not band.whole_gain_low <= errors.gain <= band.whole_gain_high:
-                gains.append(
-                    f"{where}: expected a gain from {band.whole_gain_low:g} to "
-                    f"{band.whole_gain_high:g}, got {errors.gain:.4g}"
-                )
-            elif not band.gain_low <= low <= high <= band.gain_high:
-                gains.append(
-                    f"{where}: expected the gain of every group from {band.gain_low:g} to "
-                    f"{band.gain_high:g} of the layer's, got {low:.4g} to {high:.4g}"
-                )
-        peak_high = data.variants[stored.container.variant(method)].get("peak_high", math.inf)
-        if errors.worst_peak > peak_high:
-            peaks.append(
-                f"{where}: expected the largest magnitude of a group within {peak_high:g}, "
-                f"got {errors.worst_peak:.4g}"
-            )
-        if errors.lost_groups:
-            lost.append(f"{where}: {errors.lost_groups:,} groups")
-    return [
-        _check("every weight is finite", broken),
-        _check("every tensor's error is as expected", outside),
-        _check("every group's error is as expected", groups),
-        *([_check("every group's gain is as expected", gains)] if knows_gains else []),
-        _check("every group's largest magnitude is as expected", peaks),
-        _check("no group is lost", lost),
-    ]
-
-
-def _file(stored: Stored, name: str) -> str:
-    return next(stored.tensors[spec.name].file for spec in stored.specs(name))
-
-
-def _figures(stored: Stored, layers: Mapping[str, Errors]) -> JSON:
-    whole = Errors()
-    for errors in layers.values():
-        whole.add(errors)
-    tensors = [
-        {
-            "name": name,
-            "bits": stored.layers[name][1].bits,
-            "relative_error": rounded(errors.relative),
-            "max_abs": rounded(errors.max_abs),
-            "worst_group": rounded(errors.worst_group),
-        }
-        for name, errors in layers.items()
-    ]
-    worst = sorted(layers, key=lambda name: -layers[name].relative)[:_WORST]
-    return {
-        "relative_error": rounded(whole.relative),
-        "worst_tensors": {name: rounded(layers[name].relative) for name in worst},
-        "tensors": tensors,
-    }
-
-
-def _check(name: str, violations: Iterable[str]) -> Check:
-    found = list(violations)
-    return Check(name, not found, listed(found))
-
-
-# ── reading and working ──────────────────────────────────────────────────────────────────────
-
-
-def _runs(info: TensorInfo) -> Iterator[tuple[int, int]]:
-    for start in range(0, info.numel, TILE_ELEMENTS):
-        yield start, min(start + TILE_ELEMENTS, info.numel)
-
-
-def _bits(reader: SourceReader, info: TensorInfo, start: int, stop: int) -> Array:
-    """Elements [start, stop) as unsigned integers, so that NaN equals itself."""
-    values = np.empty(stop - start, f"u{ITEMSIZE[info.dtype]}")
-    reader.read(info, start, stop, values)
-    return values
+    def _pairs(self, compare: Callable[..., Any], names: Sequence[str]) -> Iterator[partial[Any]]:
+        for name in names:
+            original, copy = self.checkpoint.tensors[name], self.stored.copies[name]
+            yield partial(compare, original, copy, self.source, self.result)
 
 
 def _in_order(
