@@ -1,0 +1,64 @@
+"""Markdown in which foreign text can do nothing.
+
+Everything that we did not write ourselves stands in a code span or a code block. There a renderer
+interprets nothing, neither HTML nor links, emphasis, mentions, bare addresses or formulas; what is
+left to prevent is that the text ends its own span, cell, line or block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from qconvert.errors import printable
+
+_PLAIN = re.compile(r"(?!(?i:www)\.)[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+|\.[0-9][A-Za-z0-9]*)*")
+_LONGEST_LINE = 400
+_MOST_LINES = 30
+
+
+def code(text: object, most: int = 200) -> str:
+    """A code span, also for a cell of a table: backticks and bars become look-alikes."""
+    words = printable(text, most).replace("`", "'").replace("|", "¦")
+    return f"`{words}`" if words.strip() else "–"
+
+
+def name(text: object) -> str:
+    """A name as plain words if nobody could read markdown into it, else as a code span."""
+    words = printable(text)
+    return words if _PLAIN.fullmatch(words) else code(words)
+
+
+def block(text: str, language: str = "") -> str:
+    """A fenced block of one line; the fence is longer than any within."""
+    line = printable(text, 10 * _LONGEST_LINE)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence}{language}\n{line}\n{fence}"
+
+
+def quoted(text: str) -> str:
+    """Somebody's words as an indented block, without empty lines."""
+    lines = [line for line in text.splitlines() if line.strip()][:_MOST_LINES]
+    return "\n".join(f"    {printable(line, _LONGEST_LINE)}" for line in lines) or "    –"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: int = 0) -> str:
+    """A table of cells that are safe already; the last `right` columns are figures."""
+    left = len(head) - right
+    ruler = ["---"] * left + ["---:"] * right
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ruler, *rows])
+
+
+def hub_link(repo_id: str, revision: str | None = None) -> str:
+    """A link to a repository whose id, and commit, were checked to be nothing else."""
+    address = f"https://huggingface.co/{quote(repo_id)}"
+    if revision:
+        return f"[{code(revision)}]({address}/tree/{revision})"
+    return f"[{repo_id}]({address})"
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """Four significant digits, or what there is of a whole number."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"
