@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from qconvert import digest, fetch
+from qconvert import digest
 from qconvert.errors import CorruptFile, DiskFull, HubError, SourceError
+from qconvert.hub.dataset import dataset_file
 from qconvert.safepath import open_regular
 
 
@@ -52,7 +53,7 @@ def opened(file: PublicFile) -> BinaryIO:
     --calibration, CorruptFile for other bytes than those that are pinned.
     """
     try:
-        path = fetch.dataset_file(file.repo_id, file.revision, file.path)
+        path = dataset_file(file.repo_id, file.revision, file.path)
     except (HubError, SourceError, DiskFull) as e:
         e.args = (f"the default calibration text is not at hand: {e}",)
         e.hint = "--calibration TEXT.txt"

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from qconvert import fetch
+from qconvert import source
 from qconvert.calibration import public
 from qconvert.calibration.documents import Passage, cut, of_json_lines, of_text, text_of
 from qconvert.errors import (
@@ -100,7 +100,7 @@ def suffix(name: str) -> str:
 
 def _looks_local(given: str) -> bool:
     known = (*TEXT, *LINES, *PICKLES, ".npy", ".safetensors", ".parquet", ".csv")
-    is_path = fetch.looks_local(given.split(":")[0]) or "://" in given
+    is_path = source.looks_local(given.split(":")[0]) or "://" in given
     return is_path or suffix(given) in known
 
 

@@ -1,0 +1,161 @@
+"""Files of a repository at one commit, in the ordinary cache of huggingface_hub.
+
+That is the default way in: users know the cache, share it with other tools, and clear it with
+`hf cache`. What the library does not do is look at the content: a byte flipped on the way, or on
+the disk since, is delivered without a word. So small files are compared with the tree as soon as
+they are here; weights are compared when they are read (see `source.SourceReader.check`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from qconvert import digest, modelconfig, shards, sidefiles
+from qconvert.errors import CorruptFile, Network, NotFound, SourceError
+from qconvert.hub import client
+from qconvert.safepath import open_regular, read_bytes, regular_file
+from qconvert.types import RemoteFile, Repository
+
+
+def small_files(repository: Repository, names: Sequence[str]) -> Path:
+    """The cache's folder of that commit, with these files in it, as the tree promises them.
+
+    Raises NotFound where there is none to fetch, CorruptFile for another content, and the errors
+    of `client.call`.
+    """
+    if not names:
+        raise NotFound(
+            f"no {modelconfig.FILE}", file=repository.id, hint=shards.what_else(repository.files)
+        )
+    for name in names:
+        if repository.files[name].size > sidefiles.MAX_BYTES:
+            raise CorruptFile(
+                "too large",
+                file=f"{repository.id}/{name}",
+                expected=f"≤ {sidefiles.MAX_BYTES:,} bytes",
+                got=f"{repository.files[name].size:,}",
+            )
+    with ThreadPoolExecutor(8) as threads:
+        paths = list(threads.map(lambda name: _file(repository, name), names))
+    root = paths[0].parents[names[0].count("/")]
+    for name in names:
+        _compare(root, name, repository.files[name])
+    return root
+
+
+def weights(repository: Repository, names: Collection[str]) -> Path:
+    """The same folder with these large files in it; their content is not looked at.
+
+    Interrupted downloads begin anew, file by file: the library's own way.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+
+    client.prepare()
+    patterns = list(names)  # none has a wildcard: see shards.read_index
+    if os.isatty(2) and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        enable_progress_bars()
+    try:
+        return Path(
+            client.call(
+                lambda: snapshot_download(
+                    repository.id, revision=repository.commit, allow_patterns=patterns
+                ),
+                repository.id,
+                repository.commit,
+                retries=5,  # the library repeats neither a reset connection nor a 503
+            )
+        )
+    finally:
+        disable_progress_bars()
+
+
+def cached(repo_id: str, revision: str | None, why: Network) -> tuple[Path, Repository]:
+    """What an earlier run left of a repository in the cache, if that is a whole model.
+
+    The Hub is not asked, so the tree is not known: `files` is empty. Raises `why` if there is
+    nothing, with a hint that names the commits that there are.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        root = Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=[modelconfig.FILE], local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        if commits := [folder.name for folder in _snapshots(repo_id) if _whole(folder)][:3]:
+            why.hint = f"in the cache: --revision {' or --revision '.join(commits)}"
+        raise why from None
+    if not _whole(root):
+        raise why
+    note = f"{why}: using commit {root.name} from the cache"
+    return root, Repository(
+        id=repo_id,
+        commit=root.name,
+        asked=repo_id,
+        private=False,
+        gated=False,
+        files={},
+        warnings=() if revision == root.name else (note,),
+    )
+
+
+def _file(repository: Repository, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        client.call(
+            lambda: hf_hub_download(repository.id, name, revision=repository.commit),
+            repository.id,
+            repository.commit,
+        )
+    )
+
+
+def _compare(root: Path, name: str, promised: RemoteFile) -> None:
+    """Raises CorruptFile unless the file in the cache is the one in the tree."""
+    path = regular_file(root, name)
+    if promised.sha256 is not None:
+        kind, expected = "sha256", promised.sha256
+        descriptor = open_regular(path, name)
+        try:
+            found = digest.sha256(descriptor)
+        finally:
+            os.close(descriptor)
+    else:
+        kind, expected = "git blob", promised.oid
+        data = read_bytes(root, name, promised.size)
+        found = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    if found != expected:
+        raise CorruptFile(
+            "not what the Hub's tree says",
+            file=path,
+            expected=f"{kind} {expected}",
+            got=found,
+            hint=f"rm {path} and run the same command",
+        )
+
+
+def _snapshots(repo_id: str) -> list[Path]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "snapshots"
+    return sorted(folder.glob("[0-9a-f]" * 40))
+
+
+def _whole(root: Path) -> bool:
+    """Whether a snapshot holds weights, all that its index names, and not just the headers."""
+    if (root / shards.WEIGHTS).is_file():
+        return True
+    try:
+        weight_map, _ = shards.read_index(read_bytes(root, shards.INDEX, shards.MAX_INDEX_BYTES))
+    except SourceError:
+        return False
+    return all((root / name).is_file() for name in set(weight_map.values()))

@@ -1,0 +1,129 @@
+"""Which commit of which repository is meant, and what that commit holds.
+
+The revision is resolved to a commit once, before anything else, and used everywhere: the library
+falls back on an older cached snapshot when the Hub cannot be reached, and a card that names a
+commit must not be wrong about it. The listing of that commit's tree gives every file's size and
+hash, which is all that later downloads are believed by.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from qconvert import modelconfig, shards, sidefiles
+from qconvert.errors import (
+    Forbidden,
+    Gated,
+    Network,
+    NotFound,
+    NotLoggedIn,
+    UnsafeFormat,
+    UnsafePath,
+    printable,
+)
+from qconvert.hub import client
+from qconvert.types import RemoteFile, Repository
+
+TIMEOUT = 30.0
+"""Seconds for the API call about a repository."""
+
+_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_HEX40 = re.compile(r"[0-9a-f]{40}")
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+_ODD = re.compile(r"(^|/)(\.{0,2}|\.git)(/|$)|\.\.|\\", re.IGNORECASE)
+"""In a path: an empty, "." or ".git" part, ".." anywhere, a backslash."""
+_MAX_NAME = 1024
+_ORIGINAL = re.compile(r"consolidated(\.\d+)?\.pth")
+"""Weights as the authors of Llama trained them, with a params.json instead of a config.json."""
+
+
+def resolve(model: str, revision: str | None = None) -> Repository:
+    """The repository `model` at `revision` (a branch, tag or commit; the main branch by default).
+
+    A repository of original-format weights alone resolves to its twin in the Transformers format,
+    `<id>-hf`, where that can be read, with a warning. Raises NotFound, Gated, NotLoggedIn,
+    Forbidden, Network, UnsafeFormat, or UnsafePath for a name that would be read and is no plain
+    one; other odd names are left out.
+    """
+    repository = _resolve(model, revision)
+    original = sorted(filter(_ORIGINAL.fullmatch, repository.files))
+    if modelconfig.FILE in repository.files or not original:
+        return repository
+    return _twin(repository, original[0])
+
+
+def _resolve(model: str, revision: str | None) -> Repository:
+    from huggingface_hub import HfApi
+
+    info = client.call(
+        lambda: HfApi().model_info(model, revision=revision, timeout=TIMEOUT), model, revision
+    )
+    if not (_ID.fullmatch(info.id) and info.sha and _HEX40.fullmatch(info.sha)):
+        raise Network(f"the Hub names no commit of {printable(model)}")
+    commit = info.sha
+    listed = client.call(
+        lambda: list(HfApi().list_repo_tree(info.id, revision=commit, recursive=True)),
+        info.id,
+        commit,
+        retries=0,  # the library's own are six
+    )
+    moved = info.id.lower() != model.lower()
+    return Repository(
+        id=info.id,
+        commit=commit,
+        asked=model,
+        private=bool(info.private),
+        gated=bool(info.gated),
+        files=_files(listed, info.id),
+        warnings=(f"{printable(model)} is now {info.id} on the Hub",) if moved else (),
+    )
+
+
+def _files(listed: Iterable[Any], repo_id: str) -> Mapping[str, RemoteFile]:
+    files: dict[str, RemoteFile] = {}
+    for entry in listed:
+        if not hasattr(entry, "blob_id"):  # a folder
+            continue
+        name, lfs = str(entry.path), entry.lfs
+        if len(name) > _MAX_NAME or not name.isprintable() or _ODD.search(name):
+            if sidefiles.wanted(name):
+                raise UnsafePath("not a plain file name", file=f"{repo_id}/{name}")
+            continue
+        sha256 = lfs.sha256 if lfs is not None and _HEX64.fullmatch(lfs.sha256) else None
+        files[name] = RemoteFile(int(entry.size), str(entry.blob_id), sha256)
+    return files
+
+
+def _twin(repository: Repository, original: str) -> Repository:
+    """`<id>-hf`, if it is there for this user to read; raises UnsafeFormat otherwise."""
+    from huggingface_hub import constants
+
+    from qconvert.hub import snapshot
+
+    twin_id = f"{repository.id}-hf"
+    what = f"{repository.id} has weights in their authors' own format only ({original})"
+    try:
+        twin = _resolve(twin_id, None)
+        if shards.WEIGHTS not in twin.files and shards.INDEX not in twin.files:
+            raise shards.no_weights(twin.files, twin_id)
+        snapshot.small_files(twin, [modelconfig.FILE])  # the list of a gated repository is public
+    except Gated as e:
+        raise UnsafeFormat(
+            f"{what}, and {twin_id}, in the format of Transformers, is gated", hint=e.hint
+        ) from e
+    except (NotFound, UnsafeFormat, Forbidden, NotLoggedIn) as e:
+        raise UnsafeFormat(
+            f"{what}, and {twin_id}, in the format of Transformers, cannot be read",
+            hint=f"if you may see it at {constants.ENDPOINT}/{twin_id}: hf auth login; else name a "
+            "repository of the same weights that holds config.json and model.safetensors",
+        ) from e
+    return replace(
+        twin,
+        asked=repository.asked,
+        private=twin.private or repository.private,
+        gated=twin.gated or repository.gated,
+        warnings=(*repository.warnings, f"{what}: using {twin_id} instead"),
+    )
