@@ -9,7 +9,8 @@ import re
 from typing import Any
 
 from tests.hub.access import commit, writable
-from tests.hub.api import REPO, front_matter, open_pull
+from tests.hub.api import REPO, front_matter
+from tests.hub.repos import open_pull
 from tests.hub.storage import REGULAR_LIMIT, Blob, Entry, Files, Repo, Stale, is_lfs
 from tests.hub.transfer import Upload
 from tests.hub.wire import Answer, Exchange, Refused, Routes, reply

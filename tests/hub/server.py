@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from tests.hub import api, commits, transfer
+from tests.hub import api, commits, repos, transfer, xet
 from tests.hub.faults import Bucket, Fault, Faults
-from tests.hub.storage import Repo
-from tests.hub.wire import Answer, Exchange, Handler, Refused, Request
+from tests.hub.handler import Handler
+from tests.hub.storage import Blob, Repo
+from tests.hub.wire import Answer, Exchange, Refused, Request
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +85,12 @@ class Hub:
         self.url_seconds = 3600.0
         """How long a signed URL lives."""
         self.uploads: dict[str, transfer.Upload] = {}
+        self.grants: dict[str, xet.Grant] = {}
+        """Tokens of the second host, for Xet."""
+        self.xorbs: dict[str, tuple[Path, list[tuple[int, int]]]] = {}
+        """Hash → where it lies, and (offset, length) of its chunks."""
+        self.xet_names: dict[str, str] = {}
+        """sha256 → hash by which a file came by Xet."""
         self.connections: set[socket.socket] = set()
         self._secret = secrets.token_hex(8)
 
@@ -218,17 +225,29 @@ class Hub:
         }
         if token is not None:
             set_here["HF_TOKEN"] = token
-        if not xet:
+        if xet:
+            set_here["HF_XET_XORB_COMPRESSION_POLICY"] = "none"
+        else:
             set_here["HF_HUB_DISABLE_XET"] = "1"
         return kept | set_here
 
     # what answers
 
+    def lfs(self, repo_id: str, sha256: str) -> Blob:
+        """An LFS object of a repository of any kind."""
+        for (_, known), repo in list(self.repos.items()):
+            if known == repo_id and sha256 in repo.lfs:
+                return repo.lfs[sha256]
+        raise Refused(404, "NoSuchKey")
+
+    def xet_name(self, sha256: str) -> str:
+        return self.xet_names.get(sha256) or xet.name(sha256)
+
     def answer(self, exchange: Exchange, path: str) -> Answer:
         """The answer to a request; `path` is still quoted."""
         request = exchange.request
         if request.host == "cdn":
-            if request.token:
+            if request.token and request.token not in self.grants:
                 self.leaks.append((request.token, request.line))
             routes = [transfer.CDN]
         else:
@@ -236,7 +255,7 @@ class Hub:
             if moved := self._moved(path):
                 query = f"?{request.query}" if request.query else ""
                 return Answer(307, b"", {"Location": moved + query})
-            routes = [api.API, commits.API, transfer.HUB]
+            routes = [api.API, repos.API, commits.API, xet.API, transfer.HUB]
         for table in routes:
             if found := table.find(request.method.replace("HEAD", "GET"), path):
                 handle, groups = found

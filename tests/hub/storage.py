@@ -8,8 +8,9 @@ give the same 40 digits in every run.
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -19,8 +20,12 @@ CHUNK = 1 << 20
 REGULAR_LIMIT = 10_000_000
 """Larger files are LFS whatever their name, as the Hub has it."""
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
-LFS_SUFFIXES += (".model", ".gz", ".zip", ".tar", ".npz", ".npy", ".parquet", ".arrow", ".pkl")
+# fmt: off
+LFS_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".model",
+    ".gz", ".zip", ".tar", ".npz", ".npy", ".parquet", ".arrow", ".pkl",
+)
+# fmt: on
 GITATTRIBUTES = "".join(
     f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in LFS_SUFFIXES
 ).encode()
@@ -50,8 +55,17 @@ class Blob:
         with data.open("rb") as file:
             return cls(data, data.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
-    def bytes(self) -> bytes:
+    def read(self) -> bytes:
         return self.data if isinstance(self.data, bytes) else self.data.read_bytes()
+
+    def pieces(self, start: int, size: int) -> Iterator[bytes]:
+        """From `start` to the end, `size` bytes at a time."""
+        with (
+            io.BytesIO(self.data) if isinstance(self.data, bytes) else self.data.open("rb") as file
+        ):
+            file.seek(start)
+            while piece := file.read(size):
+                yield piece
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ class Entry:
     @cached_property
     def oid(self) -> str:
         """Git's name of what git keeps: the file, or the pointer."""
-        return git_oid(self.pointer if self.lfs else self.blob.bytes())
+        return git_oid(self.pointer if self.lfs else self.blob.read())
 
     @property
     def etag(self) -> str:
@@ -160,7 +174,7 @@ class Repo:
         return dict(self.at(revision).files)
 
     def read(self, name: str, revision: str = "main") -> bytes:
-        return self.at(revision).files[name].blob.bytes()
+        return self.at(revision).files[name].blob.read()
 
     def push(
         self,

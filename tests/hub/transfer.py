@@ -46,6 +46,9 @@ def resolve(exchange: Exchange, groups: Groups) -> Answer:
         "Accept-Ranges": "bytes",
         "Content-Type": "text/plain; charset=utf-8",
     }
+    if entry.lfs:
+        token = f"{hub.endpoint}/api/{repo.kind}s/{repo.id}/xet-read-token/{at.oid}"
+        headers |= {"X-Xet-Hash": hub.xet_name(entry.sha256), "Link": f'<{token}>; rel="xet-auth"'}
     said = "Found" if entry.lfs else "Temporary Redirect"
     body = f"{said}. Redirecting to {location}".encode()
     return Answer(302 if entry.lfs else 307, body, headers)
@@ -93,10 +96,8 @@ def signed(exchange: Exchange) -> None:
 @CDN.on("GET", r"/repos/(?P<id>[^/]+/[^/]+)/(?P<oid>[0-9a-f]{64})")
 def content(exchange: Exchange, groups: Groups) -> Answer:
     signed(exchange)
-    for (_, repo_id), repo in exchange.hub.repos.items():
-        if repo_id == groups["id"] and (blob := repo.lfs.get(groups["oid"])):
-            return ranged(exchange, blob, {"ETag": f'"{blob.sha256}"'})
-    raise Refused(404, "NoSuchKey")
+    blob = exchange.hub.lfs(groups["id"], groups["oid"])
+    return ranged(exchange, blob, {"ETag": f'"{blob.sha256}"'})
 
 
 @dataclass
