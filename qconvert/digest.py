@@ -10,13 +10,19 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 
 _CHUNK = 1 << 16
 
 
-def sha256(fd: int, stop: threading.Event | None = None) -> str:
+def sha256(
+    fd: int,
+    stop: threading.Event | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> str:
     """The hex digest of an open file from its beginning; of a part of it once `stop` is set.
 
+    `on_bytes` hears of every 64 kB that were hashed.
     Both the reads and the hash release the GIL. The descriptor's position does not matter and
     is not moved.
     """
@@ -26,6 +32,8 @@ def sha256(fd: int, stop: threading.Event | None = None) -> str:
     while count := os.preadv(fd, [buffer], at):
         digest.update(buffer[:count])
         at += count
+        if on_bytes is not None:
+            on_bytes(count)
         if stop is not None and stop.is_set():
             break
     return digest.hexdigest()

@@ -25,7 +25,7 @@ def default_name(model: str, verb: str, options: Mapping[str, Any]) -> str:
 
 
 def plain(name: str, most: int = _LONGEST) -> str:
-    """`name` as the Hub allows it: [A-Za-z0-9._-], no `--` nor `..`, no sign at either end, no .git.
+    """`name` as the Hub allows it: [A-Za-z0-9._-], no `--` nor `..`, no sign at an end, no .git.
 
     The owner of a Hub id is dropped. "model" where nothing is left.
     """

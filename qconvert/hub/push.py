@@ -1,0 +1,158 @@
+"""Push a folder: only what was proved, and only as it was proved.
+
+The manifest says what the verdict was and which bytes it was of. Both are looked at before anything
+is asked of the Hub or sent to it: a folder that was not proved, or has been changed since, stays
+here. Files that the manifest does not name are not part of the result and are not pushed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from qconvert import manifest, naming
+from qconvert.errors import ContractViolation, NotFound, UsageError, printable
+from qconvert.hub import target
+from qconvert.hub.content import LocalFile, Progress, look_at
+from qconvert.hub.publish import CARD_NAME, Pushed, publish
+from qconvert.hub.target import PushOptions, Target
+from qconvert.safepath import regular_file
+from qconvert.staging import MANIFEST_NAME
+from qconvert.types import JSON, Repository, Verdict
+
+__all__ = ["Pushed", "push", "push_folder"]
+
+_PROVED = (Verdict.VERIFIED, Verdict.CHECKED)
+
+
+def push(
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    unverified: bool = False,
+    progress: Progress | None = None,
+) -> Pushed:
+    """Publishes a folder that qconvert made, as `<you>/<model>-<METHOD>-…` unless named.
+
+    `private=None` makes a new repository private unless the source is known to be open; `revision`
+    is a branch to commit to; `create_pr` opens a pull request instead. Raises UsageError for what
+    was not proved, unless `unverified`; ContractViolation for a folder that is no longer what its
+    manifest says; HubErrors.
+    """
+    folder = Path(folder)
+    document = gate(folder, unverified=unverified)
+    name = naming.plain(folder.resolve().name)
+    if document is not None:
+        method = document["method"]
+        name = naming.default_name(document["source"]["name"], method["verb"], method)
+    options = PushOptions(repo_id, private, revision, create_pr, unverified)
+    found = target.find(options, name, source_of(document))
+    return push_folder(folder, found, unverified=unverified, progress=progress)
+
+
+def push_folder(
+    folder: Path, to: Target, *, unverified: bool = False, progress: Progress | None = None
+) -> Pushed:
+    """Makes `to` hold what the folder holds; the repository is made if it is not there."""
+    document = gate(folder, unverified=unverified)
+    files = _hashed(folder, document, progress)
+    pushed = publish(target.create(to), files, document, progress=progress)
+    left = sorted(set(_names(folder)) - set(files) - {manifest.RUN_LOG_NAME})
+    if not left:
+        return pushed
+    note = f"not in the manifest, so not pushed: {', '.join(map(printable, left[:10]))}"
+    return replace(pushed, warnings=(*pushed.warnings, note))
+
+
+def gate(folder: Path, *, unverified: bool) -> JSON | None:
+    """The manifest of a folder that may be pushed; None for one without, if `unverified`.
+
+    Raises UsageError, with what would let it through, and ContractViolation for a broken manifest.
+    """
+    if not folder.is_dir():
+        raise NotFound("no such folder", file=folder)
+    try:
+        document = manifest.read(folder)
+    except (OSError, ValueError) as error:
+        raise ContractViolation(f"not a manifest ({error})", file=folder / MANIFEST_NAME) from error
+    if document is None:
+        if not unverified:
+            raise UsageError(
+                f"{printable(folder)} has no {MANIFEST_NAME}: nothing says what was proved of it",
+                hint="--push-unverified",
+            )
+        if not (folder / CARD_NAME).is_file():
+            raise UsageError(
+                f"{printable(folder)} has no {CARD_NAME}: nobody would know what it is",
+                hint=f"write {folder / CARD_NAME}",
+            )
+        return None
+    try:
+        verdict = document["validation"]["verdict"]
+        sound = isinstance(document["files"], dict) and isinstance(document["method"], dict)
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise ContractViolation("not a manifest of qconvert", file=folder / MANIFEST_NAME)
+    if verdict not in _PROVED and not unverified:
+        word = "was not validated" if verdict is None else f"is {printable(verdict)}"
+        raise UsageError(
+            f"{printable(folder)} {word}: only verified and checked results are pushed",
+            hint="--push-unverified",
+        )
+    return document
+
+
+def source_of(document: JSON | None) -> Repository | None:
+    """The Hub repository that a manifest names as the source, as far as it is known."""
+    source = (document or {}).get("source") or {}
+    if not source.get("repo_id") or "private" not in source:
+        return None
+    return Repository(
+        id=source["repo_id"],
+        commit=source["revision"] or "",
+        asked=source.get("asked") or source["repo_id"],
+        private=bool(source["private"]),
+        gated=bool(source.get("gated")),
+        files={},
+    )
+
+
+def _hashed(folder: Path, document: JSON | None, progress: Progress | None) -> dict[str, LocalFile]:
+    """The files to push, each one as the manifest has it."""
+    if document is None:
+        return look_at(folder, _names(folder), progress)
+    promised: dict[str, str] = document["files"]
+    for name in promised:
+        try:
+            regular_file(folder, name)
+        except NotFound as error:
+            raise ContractViolation(
+                "a file that the manifest names is missing", file=folder / name
+            ) from error
+    files = look_at(folder, [*promised, MANIFEST_NAME], progress)
+    for name, sha256 in promised.items():
+        if files[name].content.sha256 != sha256:
+            raise ContractViolation(
+                "not the file that was proved",
+                file=folder / name,
+                expected=f"sha256 {sha256}",
+                got=files[name].content.sha256,
+                hint="convert again, or bring the file back: what the manifest names is what is "
+                "pushed",
+            )
+    return files
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Every file of a folder that could be part of a result: none of a tool's own."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
+        for file in sorted(files):
+            if not file.startswith(".") and not file.endswith(".part"):
+                yield (Path(root) / file).relative_to(folder).as_posix()

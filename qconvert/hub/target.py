@@ -1,0 +1,299 @@
+"""Where a result is to go on the Hub, found out before anything is converted or created.
+
+Three questions are answered from the Hub's own words: whose namespace it is, whether the repository
+is there and who sees it, and whether this token may write to it. `create_repo(exist_ok=True)`
+answers none of them (it succeeds for whoever can read), so the write check is made by itself.
+
+What was made of a model that not everybody may see is not shown to everybody by default: a new
+repository is private unless its source is known to be open, and nothing goes into a public one
+from a private or gated source without `--public`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qconvert.errors import Forbidden, NotFound, UsageError, printable
+from qconvert.hub import client
+from qconvert.types import JSON, Repository
+
+MAIN = "main"
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+
+
+@dataclass(frozen=True, slots=True)
+class PushOptions:
+    """What a user says of where a result is to go."""
+
+    repo_id: str | None = None
+    """`<you>/<default name>` unless it is given; a name without an owner is yours."""
+    private: bool | None = None
+    """None: as the source is."""
+    revision: str | None = None
+    """Branch to commit to; made where it is missing. None is the main branch."""
+    create_pr: bool = False
+    """Open a pull request instead; read access is enough for that."""
+    unverified: bool = False
+    """Push what was not proved, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A repository that may be written to, and the commit that a push will build on."""
+
+    repo_id: str
+    """As the Hub spells it."""
+    exists: bool
+    private: bool
+    """Who sees it once it is there."""
+    revision: str = MAIN
+    create_pr: bool = False
+    head: str | None = None
+    """Commit of `revision`; None where there is none yet."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def page(self) -> str:
+        """The repository's URL."""
+        from huggingface_hub import constants
+
+        return f"{constants.ENDPOINT}/{self.repo_id}"
+
+
+def find(options: PushOptions, default_name: str, source: Repository | None) -> Target:
+    """The target of a push of what is made from `source`; asks the Hub, creates nothing.
+
+    `source` is None where it is not known to be on the Hub. Raises NotLoggedIn, Forbidden,
+    UsageError for options that cannot be followed, NotFound, Network.
+    """
+    _refuse_impossible(options)
+    you = _whoami(options.repo_id or default_name)
+    repo_id = options.repo_id or default_name
+    if "/" not in repo_id:
+        repo_id = f"{you['name']}/{repo_id}"
+    _check_id(repo_id)
+    info = _info(repo_id)
+    if info is None:
+        if options.create_pr:
+            raise NotFound(
+                f"no repository {repo_id} on the Hub to open a pull request in",
+                hint="leave --create-pr out",
+            )
+        _check_namespace(you, repo_id)
+        closed = source is None or source.private or source.gated
+        private = closed if options.private is None else options.private
+        target = Target(repo_id, exists=False, private=private, revision=options.revision or MAIN)
+    else:
+        target = _existing(info, options, you, source)
+    return replace(target, warnings=_warnings(target, options, source))
+
+
+def create(target: Target) -> Target:
+    """The same target when it is there to be written to; its branch and first commit too.
+
+    Raises Forbidden, NotLoggedIn, Network, and UsageError if a repository that was to be private
+    turns out to be public.
+    """
+    from huggingface_hub import HfApi
+
+    repo_id, api = target.repo_id, HfApi()
+    if not target.exists:
+        client.call(
+            lambda: api.create_repo(repo_id, private=target.private, exist_ok=True),
+            repo_id,
+            write=True,
+        )
+    if not target.create_pr:
+        check_write(repo_id)
+    info = _info(repo_id)
+    if info is None:
+        raise NotFound(f"no repository {repo_id} on the Hub, though it has just been created")
+    if target.private and not info.private:
+        raise _public(repo_id)
+    made = replace(target, exists=True, private=bool(info.private))
+    main = info.sha or _first_commit(repo_id)
+    if target.revision == MAIN:
+        return replace(made, head=main)
+    head = head_of(repo_id, target.revision)
+    if head is None:
+        client.call(
+            lambda: api.create_branch(repo_id, branch=target.revision, exist_ok=True),
+            repo_id,
+            write=True,
+        )
+        head = head_of(repo_id, target.revision)
+    return replace(made, head=head)
+
+
+def check_write(repo_id: str) -> None:
+    """Raises Forbidden unless the token may write to a repository that is there."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    if "write" not in inspect.signature(api.auth_check).parameters:
+        _check_namespace(_whoami(repo_id), repo_id)
+        return
+    try:
+        client.call(lambda: api.auth_check(repo_id, write=True), repo_id, write=True)
+    except Forbidden as error:
+        error.hint = f"--create-pr, or {error.hint}"
+        raise
+
+
+def head_of(repo_id: str, revision: str = MAIN) -> str | None:
+    """The commit of a branch; None where there is no such branch, or no commit."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        info = client.call(
+            lambda: HfApi().model_info(repo_id, revision=revision), repo_id, revision
+        )
+    except NotFound as error:
+        if isinstance(error.__cause__, RevisionNotFoundError):
+            return None
+        raise
+    return info.sha
+
+
+def _refuse_impossible(options: PushOptions) -> None:
+    if options.revision is not None and _COMMIT.fullmatch(options.revision):
+        raise UsageError(
+            f"--push-revision {options.revision} is a commit: a push goes to a branch",
+            hint="--push-revision main",
+        )
+    if options.create_pr and options.revision is not None:
+        raise UsageError(
+            "--create-pr opens a pull request on the main branch: it takes no --push-revision"
+        )
+
+
+def _check_id(repo_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(
+            f"{printable(repo_id)} is no name for a repository: "
+            + printable(str(error).partition(":")[0])
+        ) from None
+
+
+def _whoami(repo_id: str) -> JSON:
+    """Who the token belongs to. The Hub counts these requests closely: one for each push."""
+    from huggingface_hub import HfApi
+
+    you: JSON = client.call(lambda: HfApi().whoami(), repo_id, write=True)
+    return you
+
+
+def _info(repo_id: str) -> Any:
+    """What the Hub says of a repository; None where there is none, or none that may be seen."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return client.call(lambda: HfApi().model_info(repo_id), repo_id)
+    except NotFound as error:
+        cause = error.__cause__
+        if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
+            return None
+        raise
+
+
+def _existing(
+    info: Any, options: PushOptions, you: Mapping[str, Any], source: Repository | None
+) -> Target:
+    closed = source is not None and (source.private or source.gated)
+    if not info.private and (options.private or (closed and options.private is None)):
+        raise _public(info.id, because=source if not options.private else None)
+    if options.create_pr:
+        if _role(you) == "read":
+            raise _read_only(info.id)
+    else:
+        check_write(info.id)
+    head = info.sha
+    if options.revision not in (None, MAIN):
+        head = head_of(info.id, options.revision)
+    return Target(
+        info.id,
+        exists=True,
+        private=bool(info.private),
+        revision=options.revision or MAIN,
+        create_pr=options.create_pr,
+        head=head,
+    )
+
+
+def _check_namespace(you: Mapping[str, Any], repo_id: str) -> None:
+    """Raises Forbidden where it is certain that this token may not create a repository there."""
+    owner = repo_id.partition("/")[0]
+    if _role(you) == "read":
+        raise _read_only(repo_id)
+    orgs = {org.get("name"): org.get("roleInOrg") for org in you.get("orgs") or []}
+    if owner != you.get("name") and (owner not in orgs or orgs[owner] == "read"):
+        raise Forbidden(
+            f"{you.get('name')} may not create a repository of {printable(owner)}",
+            hint=f"--repo-id {you.get('name')}/{repo_id.partition('/')[2]}",
+        )
+
+
+def _role(you: Mapping[str, Any]) -> str | None:
+    """ "read", "write", "fineGrained", or None where the Hub does not say."""
+    token = (you.get("auth") or {}).get("accessToken") or {}
+    role: str | None = token.get("role")
+    return role
+
+
+def _read_only(repo_id: str) -> Forbidden:
+    from huggingface_hub import constants
+
+    return Forbidden(
+        f"the token may only read: it cannot write to {repo_id}",
+        hint=f"make one that may write at {constants.ENDPOINT}/settings/tokens, and run: "
+        "hf auth login --force",
+    )
+
+
+def _public(repo_id: str, because: Repository | None = None) -> UsageError:
+    if because is None:
+        return UsageError(
+            f"{repo_id} is public: what goes there is not private",
+            hint=f"hf repos settings {repo_id} --private",
+        )
+    kind = "gated" if because.gated else "private"
+    return UsageError(
+        f"{because.id} is {kind}, and {repo_id} is public: everybody could read the result",
+        hint="--public",
+    )
+
+
+def _warnings(target: Target, options: PushOptions, source: Repository | None) -> tuple[str, ...]:
+    found = []
+    if source is not None and (source.private or source.gated) and not target.private:
+        kind = "gated" if source.gated else "private"
+        found.append(f"{source.id} is {kind}; the result in {target.repo_id} will be public")
+    if options.private is False and target.private:
+        found.append(f"{target.repo_id} is private and stays so: its settings are on its page")
+    return tuple(found)
+
+
+def _first_commit(repo_id: str) -> str:
+    """Makes the commit that a repository of the Hub begins with, where there is none."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    add = CommitOperationAdd(".gitattributes", _GITATTRIBUTES)
+    made = client.call(
+        lambda: HfApi().create_commit(repo_id, [add], commit_message="initial commit"),
+        repo_id,
+        write=True,
+    )
+    return made.oid
