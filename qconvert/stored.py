@@ -1,25 +1,39 @@
-"""A quantized folder, seen through its headers: what `plan` is to the future, this is to the disk.
+"""A quantized checkpoint, seen through its headers: what a plan is to the future, this is to now.
 
 Nothing is believed because we may have written it ourselves: layers, methods and options are
-recovered from config.json, the headers and a few small tensors, whoever made the folder. The
+recovered from config.json, the headers and a few small tensors, whoever made the checkpoint. The
 manifest, where there is one, is a claim to be checked like the others. Weights are read by
-position, a tile at a time, so that a folder of any size can be looked at in bounded memory; no
-torch is needed for any of it.
+position, a tile at a time, so that a checkpoint of any size can be looked at in bounded memory,
+in a folder or on the Hub; no torch is needed for any of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from qconvert import arrays, contract, linears, modelconfig, registry, strictjson
-from qconvert.errors import CorruptFile, NotFound, UnsupportedConfig, UsageError, printable
+from qconvert.errors import (
+    CorruptFile,
+    Network,
+    NotFound,
+    UnsupportedConfig,
+    UsageError,
+    printable,
+)
 from qconvert.lazy import np
 from qconvert.safepath import read_bytes
 from qconvert.shards import read_weights
-from qconvert.source import Reader, SourceReader, did_you_mean
+from qconvert.source import (
+    Reader,
+    SourceReader,
+    did_you_mean,
+    looks_local,
+    open_repository,
+    span,
+)
 from qconvert.staging import MANIFEST_NAME
 from qconvert.tiles import TILE_ELEMENTS
 from qconvert.types import (
@@ -39,6 +53,8 @@ from qconvert.types import (
 )
 
 MAX_MANIFEST_BYTES = 200_000_000
+SMALL_BYTES = 4096
+"""Tensors up to this size are small: a quant_state, HQQ's scalars, the codebook of a codebook."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,8 @@ class Stored:
     owned: frozenset[str]
     """Every tensor that a quantized layer should consist of; biases are copies and are not here."""
     manifest: JSON | None
+    small: Mapping[str, bytes] = field(default_factory=dict)
+    """Of a checkpoint on the Hub: the bytes of its small tensors, which were fetched together."""
 
     @property
     def root(self) -> Path:
@@ -65,6 +83,10 @@ class Stored:
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self.checkpoint.tensors
+
+    def reader(self) -> StoredReader:
+        """Reads its tensors, until it is closed."""
+        return StoredReader(self.checkpoint, self.small)
 
     def specs(self, name: str) -> tuple[TensorSpec, ...]:
         """What formats/<name> says that a layer consists of, under global names."""
@@ -112,6 +134,34 @@ class Stored:
         return replace(self, layers=layers)
 
 
+def open_target(target: str | Path, revision: str | None = None) -> Stored:
+    """The quantized checkpoint in a folder, or in a Hub repository: "org/name", "org/name@v1".
+
+    What is no folder and looks like an id is one. Raises what `open_stored` or `open_remote` does,
+    and UsageError for a revision of a folder.
+    """
+    name, named = split_revision(target)
+    revision = revision or named
+    if isinstance(target, Path) or Path(target).exists() or looks_local(name) or "/" not in name:
+        if revision is not None:
+            raise UsageError(f"--revision is for Hub repositories; {printable(target)} is a folder")
+        return open_stored(Path(target))
+    try:
+        return open_remote(name, revision)
+    except (NotFound, Network) as e:
+        e.hint = did_you_mean(name) or e.hint
+        raise
+
+
+def split_revision(target: str | Path) -> tuple[str, str | None]:
+    """("org/name", "v1") of "org/name@v1"; None where no revision is named, or it is a path."""
+    text = str(target)
+    name, _, revision = text.partition("@")
+    if isinstance(target, Path) or not revision or Path(text).exists() or looks_local(name):
+        return text, None
+    return name, revision
+
+
 def open_stored(folder: Path) -> Stored:
     """Reads config.json, index, headers, manifest and the small tensors that name options.
 
@@ -126,7 +176,7 @@ def open_stored(folder: Path) -> Stored:
     if modelconfig.FILE not in entries:
         raise NotFound(f"no {modelconfig.FILE}", file=folder)
     config = modelconfig.parse(read_bytes(root, modelconfig.FILE, modelconfig.MAX_BYTES))
-    container = _container(config)
+    container_of(config)
     warnings: list[str] = []
     files, tensors = read_weights(root, entries, warnings)
     checkpoint = Checkpoint(
@@ -138,12 +188,73 @@ def open_stored(folder: Path) -> Stored:
         side_files={},
         warnings=tuple(warnings),
     )
-    with SourceReader(checkpoint) as reader:
+    return seen(checkpoint, _manifest(root))
+
+
+def open_remote(repo_id: str, revision: str | None = None) -> Stored:
+    """The same of a Hub repository at one commit: its weights stay there and are read by ranges.
+
+    Raises what `open_stored` raises, and HubError. Without a connection the cache has to hold it.
+    """
+    checkpoint = open_repository(repo_id, revision, quantized=True)
+    container_of(checkpoint.config)
+    if not checkpoint.remote or checkpoint.repository is None:
+        return seen(checkpoint, _manifest(checkpoint.root))
+    from qconvert.hub import snapshot
+
+    repository = checkpoint.repository
+    manifest = None
+    if MANIFEST_NAME in repository.files:
+        manifest = _manifest(snapshot.small_files(repository, [MANIFEST_NAME]))
+    return seen(checkpoint, manifest)
+
+
+def seen(checkpoint: Checkpoint, manifest: JSON | None = None) -> Stored:
+    """A checkpoint of which the headers are known, with its quantized layers. Raises SourceErrors.
+
+    On the Hub, all its small tensors are fetched together: there are thousands in a large model,
+    and a request for each would take minutes.
+    """
+    container = container_of(checkpoint.config)
+    small = _small_tensors(checkpoint)
+    tensors, config = checkpoint.tensors, checkpoint.config
+    with StoredReader(checkpoint, small) as reader:
         layers = container.layers_in(tensors, lambda name: read_raw(reader, tensors[name]), config)
     if not layers:
-        raise CorruptFile(f"no layer that is quantized with {container.name}", file=folder)
+        where = checkpoint.repo_id if checkpoint.remote else checkpoint.root
+        raise CorruptFile(f"no layer that is quantized with {container.name}", file=where)
     owned = frozenset(spec.name for found in layers.values() for spec in _specs(container, *found))
-    return Stored(checkpoint, container, layers, owned, _manifest(root))
+    return Stored(checkpoint, container, layers, owned, manifest, small)
+
+
+def _small_tensors(checkpoint: Checkpoint) -> dict[str, bytes]:
+    if not checkpoint.remote or checkpoint.repository is None:
+        return {}
+    from qconvert.hub.ranges import fetch_many
+
+    small = [info for info in checkpoint.tensors.values() if info.nbytes <= SMALL_BYTES]
+    spans = [(info.file, info.start, info.end) for info in small]
+    found = fetch_many(checkpoint.repository, spans)
+    return {info.name: data for info, data in zip(small, found, strict=True)}
+
+
+class StoredReader(SourceReader):
+    """A `SourceReader` that has the small tensors at hand."""
+
+    def __init__(self, checkpoint: Checkpoint, small: Mapping[str, bytes]) -> None:
+        super().__init__(checkpoint)
+        self._small = small
+
+    def read(
+        self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
+    ) -> None:
+        data = self._small.get(tensor.name)
+        if data is None:
+            super().read(tensor, start_element, stop_element, out)
+            return
+        offset, view = span(tensor, start_element, stop_element, out)
+        at = offset - tensor.start
+        view[:] = data[at : at + len(view)]
 
 
 def _specs(container: Container, layer: Layer, method: Method) -> tuple[TensorSpec, ...]:
@@ -153,12 +264,13 @@ def _specs(container: Container, layer: Layer, method: Method) -> tuple[TensorSp
     return tuple(replace(spec, name=f"{layer.name}.{spec.name}") for spec in local)
 
 
-def _container(config: JSON) -> Container:
+def container_of(config: JSON) -> Container:
+    """That of a config.json's quantization_config; raises UsageError and UnsupportedConfig."""
     found = config.get("quantization_config")
     if found is None:
         raise UsageError(
             f"the model is not quantized: no quantization_config in {modelconfig.FILE}",
-            hint="name a folder that qconvert wrote",
+            hint="name a folder or repository that holds a quantized model",
         )
     method = found.get("quant_method") if isinstance(found, dict) else None
     for info in registry.METHODS:

@@ -74,6 +74,7 @@ class Errors:
         return self.least_gain / self.gain, self.largest_gain / self.gain
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")  # a ruined scale, a lost group
 def compare(weights: Array, decoded: Array) -> Errors:
     """Errors of `decoded` against `weights`, float32 [groups, group] each."""
     bad = int(decoded.size - np.count_nonzero(np.isfinite(decoded)))
@@ -87,8 +88,7 @@ def compare(weights: Array, decoded: Array) -> Errors:
     cross = np.add.reduce(weights * decoded, axis=1, dtype=np.float64)
     loud = heard & (signal > 0)
     gains = cross[loud] / signal[loud]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = (noise / signal)[heard]
+    ratios = (noise / signal)[heard]
     lost = loud & ~decoded.any(axis=1)
     return Errors(
         noise=float(noise.sum()),

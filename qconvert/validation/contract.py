@@ -8,33 +8,31 @@ transformers 5.23 loads missing tensors as random ones and ignores an unknown qu
 
 from __future__ import annotations
 
-import os
+import hashlib
 import struct
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
 from qconvert import arrays, contract, shards, sidefiles
-from qconvert.errors import QConvertError
-from qconvert.manifest import RUN_LOG_NAME
+from qconvert.errors import QConvertError, SourceError
 from qconvert.safepath import read_bytes
-from qconvert.source import SourceReader
 from qconvert.staging import MANIFEST_NAME
 from qconvert.stored import Stored, read_raw
 from qconvert.types import JSON, Check, Kind, Plan, Report, Structure, TensorInfo, TensorSpec
 from qconvert.validation import schema
-from qconvert.validation.hashing import Hashing
+from qconvert.validation.hashing import hashes_of
 from qconvert.validation.reports import CONTRACT, listed
 
 
 def check_contract(
     stored: Stored, *, structure: Structure | None = None, plan: Plan | None = None
 ) -> Report:
-    """Checks a quantized folder against formats/<name>, its manifest and, if given, its plan.
+    """Checks a quantized checkpoint against formats/<name>, its manifest and, if given, its plan.
 
     `structure` is the model's, computed when not given. Report.data: files, tensors, layers,
-    bytes. Never raises for what the folder holds.
+    bytes. Never raises for what the checkpoint holds. Of one on the Hub nothing is read but
+    headers and small tensors: the tree says what the hashes of the weight files are.
     """
     checks = [
         _check("quantization_config follows its schema", _config(stored)),
@@ -54,7 +52,7 @@ def check_contract(
     checks.append(_check("every quantized layer has its tensors", _tensors(stored)))
     if stored.manifest is not None:
         checks.append(_check("layers are those of the manifest", _against_manifest(stored)))
-        checks.append(_check("files have the manifest's hashes", _hashes(stored, stored.manifest)))
+        checks.append(_hashes(stored, stored.manifest))
     if plan is not None:
         checks.append(_check("files are those of the plan", _against_plan(stored, plan)))
     data: JSON = {
@@ -128,7 +126,7 @@ def _covers(entry: str, path: str) -> bool:
 def _tensors(stored: Stored) -> Iterable[str]:
     """Each layer's tensors have the names, dtypes, shapes and constant values of tensors.json."""
     data = contract.load(stored.container.name)
-    with SourceReader(stored.checkpoint) as reader:
+    with stored.reader() as reader:
         for name, (layer, method) in stored.layers.items():
             env = contract.environment(layer, method)
             for rule in data.rules(stored.container.variant(method), env):
@@ -225,35 +223,38 @@ def _layer_differences(stored: Stored, planned: Mapping[str, JSON]) -> Iterable[
         yield f"layer {name} is quantized, and was not planned to be"
 
 
-def _hashes(stored: Stored, manifest: JSON) -> Iterable[str]:
+def _hashes(stored: Stored, manifest: JSON) -> Check:
     """Every file of the manifest has its sha256, and there is no other file."""
+    name = "files have the manifest's hashes"
     expected: Mapping[str, str] = manifest["files"]
-    there = {path.relative_to(stored.root).as_posix() for path in _files(stored.root)}
-    for name in sorted(there - expected.keys() - {MANIFEST_NAME, RUN_LOG_NAME}):
-        yield f"{name} is not in {MANIFEST_NAME}"
-    for name in sorted(expected.keys() - there):
-        yield f"{name} is missing"
-    present = sorted(expected.keys() & there)
-    with Hashing(stored.root, present, threads=len(os.sched_getaffinity(0))) as hashing:
-        found = hashing.result()
-    for name in present:
-        if found[name] != expected[name]:
-            yield f"{name}: expected sha256 {expected[name]}, got {found[name]}"
-
-
-def _files(root: Path) -> Iterable[Path]:
-    return (path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
+    try:
+        hashes = hashes_of(stored, expected)
+    except SourceError as error:
+        return Check(name, False, str(error))
+    wrong = [f"{file} is not in {MANIFEST_NAME}" for file in sorted(hashes.others)]
+    wrong += [f"{file} is missing" for file in sorted(expected.keys() - hashes.found.keys())]
+    wrong += [
+        f"{file}: expected sha256 {expected[file]}, got {found}"
+        for file, found in hashes.found.items()
+        if found != expected[file]
+    ]
+    told = f"{hashes.told} by the Hub's tree, {len(hashes.found) - hashes.told} hashed here"
+    return Check(name, not wrong, listed(wrong) or (told if hashes.told else ""))
 
 
 def _against_plan(stored: Stored, plan: Plan) -> Iterable[str]:
     yield from _layer_differences(
         stored, {e.layer.name: e.method.options() for e in plan.quantized() if e.layer}
     )
+    files = stored.checkpoint.files
+    for name in sorted(files.keys() - {shard.name for shard in plan.shards}):
+        yield f"{name} is not planned"
     for shard in plan.shards:
-        size = (stored.root / shard.name).stat().st_size
-        if size != shard.size:
-            yield f"{shard.name}: expected {shard.size} bytes, got {size}"
-        elif (stored.root / shard.name).open("rb").read(len(shard.header)) != shard.header:
+        if (file := files.get(shard.name)) is None:
+            yield f"{shard.name} is missing"
+        elif file.size != shard.size:
+            yield f"{shard.name}: expected {shard.size} bytes, got {file.size}"
+        elif file.header_sha256 != hashlib.sha256(shard.header).hexdigest():
             yield f"{shard.name}: the header is not the planned one"
     for name, data in plan.generated.items():
         if (stored.root / name).read_bytes() != data:

@@ -22,7 +22,7 @@ Norms and biases that were tuned with their block may differ from the source's, 
 format's contract allows, if the plan or the manifest says that they were.
 
 The source's files are hashed meanwhile: the report holds for exactly these bytes, and can be cited
-later without them.
+later without them. Of files on the Hub, which are read by ranges, the tree tells the hashes.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ from qconvert.validation.tuned import Change, tuned_names
 
 T = TypeVar("T")
 
+_READERS = 8
+"""Workers where reading means to wait for an answer."""
+
 
 def check_numeric(
     stored: Stored,
@@ -66,15 +69,18 @@ def check_numeric(
     bits, relative error, largest absolute error, worst group), source_sha256 by file, and of the
     tuned tensors how many there are and the largest change. Which those are, `plan` says, else the
     folder's manifest; without either all norms and biases may be.
-    Memory: `threads` tiles of about 4 M weights. Raises CorruptFile if a file changes meanwhile.
+    Memory: `threads` tiles of about 4 M weights. Raises CorruptFile if a file changes meanwhile,
+    and HubErrors where one of the two is on the Hub.
     """
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     stored = stored.seen_as(structure or linears.structure(checkpoint.config, shapes))
-    workers = threads or len(os.sched_getaffinity(0))
+    afar = checkpoint.remote or stored.checkpoint.remote
+    workers = threads or (_READERS if afar else len(os.sched_getaffinity(0)))
+    here = [] if checkpoint.remote else list(checkpoint.files)
     with ExitStack() as stack:
         source = stack.enter_context(SourceReader(checkpoint))
-        result = stack.enter_context(SourceReader(stored.checkpoint))
-        hashing = stack.enter_context(Hashing(checkpoint.root, checkpoint.files))
+        result = stack.enter_context(stored.reader())
+        hashing = stack.enter_context(Hashing(checkpoint.root, here))
         pool = stack.enter_context(ThreadPoolExecutor(workers, "compare"))
         comparison = _Comparison(
             stored, checkpoint, source, result, partial(_in_order, pool, 2 * workers), progress
@@ -85,9 +91,11 @@ def check_numeric(
         compared = Compared(
             comparison.layers(), comparison.copies(tuned), comparison.changes(tuned)
         )
-        for file in checkpoint.files:
+        for file in here:
             source.check_unchanged(file)
         sha256 = hashing.result()
+    if checkpoint.remote:
+        sha256 = {name: file.sha256 for name, file in checkpoint.files.items() if file.sha256}
     return numeric_report(stored, compared, sha256)
 
 

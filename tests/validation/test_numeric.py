@@ -16,7 +16,8 @@ from qconvert.source import open_checkpoint
 from qconvert.stored import open_stored
 from qconvert.types import Report
 from qconvert.validation import require, validate_folder
-from qconvert.validation.numeric import Errors, check_numeric, compare
+from qconvert.validation.comparison import Errors, compare
+from qconvert.validation.numeric import check_numeric
 from tests.models import tiny
 from tests.validation import faults
 from tests.validation.faults import CODES, LAYER, SCALES, TWIN
