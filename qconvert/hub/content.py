@@ -37,6 +37,10 @@ class Content:
     oid: str | None = None
     """Of the git blob; None for a file that git would not hold."""
 
+    @classmethod
+    def of(cls, data: bytes) -> Content:
+        return cls(len(data), hashlib.sha256(data).hexdigest(), git_oid(data))
+
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:

@@ -67,7 +67,7 @@ def publish(
     elsewhere: Elsewhere | None = None,
     progress: Progress | None = None,
 ) -> Pushed:
-    """Makes the branch `to.revision`, at `to.head`, hold `files` and what lies `elsewhere`.
+    """Makes `to.branch`, at `to.head`, hold `files` and what lies `elsewhere`.
 
     `document` is the manifest, for the words of the commit. Raises ContractViolation for a card
     that the Hub refuses or a file that changes meanwhile, RevisionMoved, PushIncomplete, and the
@@ -79,15 +79,15 @@ def publish(
     outcome = Outcome(wanted, stale(tree, wanted))
     changed = missing(wanted, tree)
     if to.head and not changed and not outcome.gone:
-        return _pushed(to, Commit(to.head), {}, files, ())
+        return pushed(to, Commit(to.head))
     if to.create_pr and (open_already := pull_with(to.repo_id, outcome)):
-        return _pushed(to, open_already, {}, files, ())
+        return pushed(to, open_already)
     if CARD_NAME in changed:
         validate_card(to.repo_id, files[CARD_NAME].path.read_bytes())
     new = {name: files[name] for name in changed if name in files}
     meter = Meter({name: file.content.size for name, file in new.items()}, progress)
     added = additions(new, meter)
-    upload(to.repo_id, added, new, meter, revision=to.revision, create_pr=to.create_pr)
+    upload(to.repo_id, added, new, meter, revision=to.branch, create_pr=to.create_pr)
     copied = _copies([name for name in changed if name not in files], elsewhere.revision)
     made = commit(
         to.repo_id,
@@ -96,10 +96,16 @@ def publish(
         message=f"Upload {to.repo_id.partition('/')[2]} by qconvert {__version__}",
         description=_description(document),
         parent=to.head,
-        revision=to.revision,
+        revision=to.branch,
         create_pr=to.create_pr,
     )
-    return _pushed(to, made, {name: wanted[name] for name in changed}, files, outcome.gone)
+    return pushed(
+        to,
+        made,
+        sent=changed,
+        uploaded_bytes=sum(file.content.size for file in new.values()),
+        deleted=outcome.gone,
+    )
 
 
 def validate_card(repo_id: str, card: bytes) -> None:
@@ -158,22 +164,23 @@ def _description(document: JSON | None) -> str:
     return printable(f"Made from {origin}{at}; {validation.get('verdict') or 'not validated'}.")
 
 
-def _pushed(
+def pushed(
     to: Target,
     made: Commit,
-    changed: Mapping[str, Content],
-    files: Mapping[str, LocalFile],
-    deleted: Iterable[str],
+    *,
+    sent: Iterable[str] = (),
+    uploaded_bytes: int = 0,
+    deleted: Iterable[str] = (),
 ) -> Pushed:
-    page = to.page if to.revision == MAIN else f"{to.page}/tree/{to.revision}"
+    """What is to be said of a commit in `to`; of one that was there already, nothing was sent."""
     return Pushed(
         repo_id=to.repo_id,
-        url=made.pull_request or page,
+        url=made.pull_request or to.page,
         commit=made.oid,
         pull_request=made.pull_request,
         private=to.private,
-        sent=tuple(changed),
-        uploaded_bytes=sum(c.size for name, c in changed.items() if name in files),
+        sent=tuple(sent),
+        uploaded_bytes=uploaded_bytes,
         deleted=tuple(deleted),
         warnings=to.warnings,
     )

@@ -52,18 +52,24 @@ class Target:
     exists: bool
     private: bool
     """Who sees it once it is there."""
-    revision: str = MAIN
+    revision: str | None = None
+    """The branch to commit to; None is the main one."""
     create_pr: bool = False
     head: str | None = None
     """Commit of `revision`; None where there is none yet."""
     warnings: tuple[str, ...] = ()
 
     @property
+    def branch(self) -> str:
+        return self.revision or MAIN
+
+    @property
     def page(self) -> str:
-        """The repository's URL."""
+        """The URL of the repository, or of its branch."""
         from huggingface_hub import constants
 
-        return f"{constants.ENDPOINT}/{self.repo_id}"
+        page = f"{constants.ENDPOINT}/{self.repo_id}"
+        return page if self.branch == MAIN else f"{page}/tree/{self.branch}"
 
 
 def find(options: PushOptions, default_name: str, source: Repository | None) -> Target:
@@ -86,9 +92,10 @@ def find(options: PushOptions, default_name: str, source: Repository | None) -> 
                 hint="leave --create-pr out",
             )
         _check_namespace(you, repo_id)
-        closed = source is None or source.private or source.gated
-        private = closed if options.private is None else options.private
-        target = Target(repo_id, exists=False, private=private, revision=options.revision or MAIN)
+        private = options.private
+        if private is None:
+            private = source is None or source.private or source.gated
+        target = Target(repo_id, exists=False, private=private, revision=options.revision)
     else:
         target = _existing(info, options, you, source)
     return replace(target, warnings=_warnings(target, options, source))
@@ -118,17 +125,21 @@ def create(target: Target) -> Target:
         raise _public(repo_id)
     made = replace(target, exists=True, private=bool(info.private))
     main = info.sha or _first_commit(repo_id)
-    if target.revision == MAIN:
+    if target.branch == MAIN:
         return replace(made, head=main)
-    head = head_of(repo_id, target.revision)
-    if head is None:
-        client.call(
-            lambda: api.create_branch(repo_id, branch=target.revision, exist_ok=True),
-            repo_id,
-            write=True,
-        )
-        head = head_of(repo_id, target.revision)
-    return replace(made, head=head)
+    return replace(
+        made, head=head_of(repo_id, target.branch) or make_branch(repo_id, target.branch)
+    )
+
+
+def make_branch(repo_id: str, name: str) -> str | None:
+    """Makes a branch where the main one is, unless it is there; its commit."""
+    from huggingface_hub import HfApi
+
+    client.call(
+        lambda: HfApi().create_branch(repo_id, branch=name, exist_ok=True), repo_id, write=True
+    )
+    return head_of(repo_id, name)
 
 
 def check_write(repo_id: str) -> None:
@@ -221,13 +232,13 @@ def _existing(
     else:
         check_write(info.id)
     head = info.sha
-    if options.revision not in (None, MAIN):
+    if options.revision is not None and options.revision != MAIN:
         head = head_of(info.id, options.revision)
     return Target(
         info.id,
         exists=True,
         private=bool(info.private),
-        revision=options.revision or MAIN,
+        revision=options.revision,
         create_pr=options.create_pr,
         head=head,
     )
