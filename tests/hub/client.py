@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.hub.canary import contains
 from tests.hub.server import Hub
 
 IMPORTS = """
@@ -30,4 +31,5 @@ def run(hub: Hub, home: Path, code: str, token: str | None, xet: bool = False) -
         text=True,
     )
     assert child.returncode == 0, "\n".join([*hub.errors, child.stderr])
+    assert not contains((child.stdout + child.stderr).encode(), hub.tokens)
     return json.loads(child.stdout.splitlines()[-1])

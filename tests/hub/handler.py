@@ -93,7 +93,9 @@ class Handler(BaseHTTPRequestHandler):
             status = int(fault.kind[7:])
             raise Refused(status, HTTPStatus(status).phrase)
         if fault.kind == "expire-token":
-            if request.host == "cdn":
+            if request.token in self.hub.grants:
+                self.hub.grants[request.token].expires = 0
+            elif request.host == "cdn":
                 raise Refused(403, "Request has expired")
             self.hub.expire(request.token)
         if fault.kind == "slow" and fault.after_bytes is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,23 @@ from hashlib import sha256
 for name in "big.safetensors", "small.safetensors", "empty.safetensors":
     said[name] = sha256(Path(hf_hub_download("org/model", name)).read_bytes()).hexdigest()
 """
+
+
+def test_the_client_goes_on_after_faults(hub: Hub, tmp_path: Path) -> None:
+    files = {f"{name}.safetensors": BIG for name in ("big", "small", "empty")}
+    hub.add_repo("org/model", files)
+    faults = [
+        hub.fault("^GET /xorbs/", "cut"),
+        hub.fault("^GET /xorbs/", "status:503"),
+        hub.fault("^GET /xorbs/", "expire-token"),
+        hub.fault("/xet-read-token/", "status:503"),
+    ]
+    said = run(hub, tmp_path, DOWN, None, xet=True)
+    assert set(said.values()) == {sha256(BIG).hexdigest()}
+    assert [fault.seen for fault in faults] == [1] * len(faults)
+    hub.fault("^GET /v2/reconstructions/", "expire-token")
+    with pytest.raises(AssertionError, match="401 Unauthorized"):
+        run(hub, tmp_path / "other", DOWN, None, xet=True)
 
 
 def test_downloads(hub: Hub, tmp_path: Path) -> None:
