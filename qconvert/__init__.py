@@ -15,16 +15,30 @@ from typing import TYPE_CHECKING, Any
 from qconvert.version import __version__
 
 if TYPE_CHECKING:
-    from qconvert.api import Plan, Result, Validation, convert, open_checkpoint, plan, validate
+    from qconvert.api import (
+        Plan,
+        Pushed,
+        PushOptions,
+        Result,
+        Validation,
+        convert,
+        open_checkpoint,
+        plan,
+        push,
+        validate,
+    )
 
 __all__ = [
     "Plan",
+    "PushOptions",
+    "Pushed",
     "Result",
     "Validation",
     "__version__",
     "convert",
     "open_checkpoint",
     "plan",
+    "push",
     "validate",
 ]
 

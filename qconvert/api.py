@@ -15,14 +15,19 @@ from typing import Any
 from qconvert import conversion
 from qconvert.calibration.options import CalibrationOptions
 from qconvert.calibration.report import OnEvent
-from qconvert.conversion import Request, Result
+from qconvert.hub.push import Pushed, push
+from qconvert.hub.target import PushOptions
 from qconvert.layout import DEFAULT_SHARD_BYTES
 from qconvert.pour import Progress
+from qconvert.request import Request, Result
 from qconvert.source import open_checkpoint
 from qconvert.types import Plan
 from qconvert.validation.folder import Validation, validate_folder
 
-__all__ = ["Plan", "Result", "Validation", "convert", "open_checkpoint", "plan", "validate"]
+__all__ = [
+    "Plan", "PushOptions", "Pushed", "Result", "Validation", "convert", "open_checkpoint", "plan",
+    "push", "validate",
+]  # fmt: skip
 
 
 def plan(
@@ -77,6 +82,8 @@ def convert(
     validate: bool = True,
     overwrite: bool = False,
     restart: bool = False,
+    stream: bool = False,
+    push: PushOptions | bool = False,
     calibration: str | Path | None = None,
     nsamples: int | None = None,
     seqlen: int | None = None,
@@ -89,7 +96,9 @@ def convert(
 ) -> Result:
     """Converts a checkpoint and proves the result; see `conversion.convert`.
 
-    The same call resumes an interrupted one. `progress` is called with (done, in all, what) from
+    The same call resumes an interrupted one. `stream` reads a Hub repository as it arrives and keeps
+    none of it; `push` publishes the result, and with `stream` and no `output` shard by shard, so
+    that nothing of it stays here. `progress` is called with (done, in all, what) from
     any thread, `on_event` with what calibration tells (see `calibration.report`).
     """
     request = Request(
@@ -107,6 +116,8 @@ def convert(
         validate=validate,
         overwrite=overwrite,
         restart=restart,
+        stream=stream,
+        push=PushOptions() if push is True else push or None,
     )
     return conversion.convert(request, progress=progress, on_event=on_event)
 

@@ -1,30 +1,34 @@
-"""The straight line: resolve → read headers → plan → pour → validate → card + manifest → commit.
+"""The straight line: resolve → headers → plan → fetch → pour → validate → seal → commit → push.
 
 A calibrated method reads its text once the plan is made, and solves before anything is poured.
 Each arrow carries a value. Nothing outside the staging folder changes before the commit, and the
 commit is one rename.
+
+A Hub repository is downloaded to the ordinary cache, or streamed: then each of its files is read
+once, and each tensor proved while it is in memory. If the result of a stream is pushed and no
+folder is asked for, its shards go to a branch of the target as they are finished, and the commit is
+one commit there.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qconvert import card, devices, manifest, registry, staging
-from qconvert.calibration import plot, prepare
-from qconvert.calibration.options import CalibrationOptions
-from qconvert.calibration.report import Figures, OnEvent, figures_from
-from qconvert.errors import DiskFull, NonFinite, UsageError
-from qconvert.layout import DEFAULT_SHARD_BYTES
-from qconvert.leftovers import Sealed
-from qconvert.planning import Override, announced_dtype, make_plan
-from qconvert.pour import Progress, pour
+from qconvert import footprint, manifest, registry, sealing, source, staging
+from qconvert.calibration import prepare
+from qconvert.calibration.report import OnEvent, figures_from
+from qconvert.devices import find as find_devices
+from qconvert.errors import CorruptFile, DiskFull, HubError, NonFinite, UsageError
+from qconvert.planning import announced_dtype, make_plan
+from qconvert.pour import Poured, Progress, Sink, pour, shards_at_once
+from qconvert.request import Request, Result, default_name, output_folder, worker_count
 from qconvert.solution import Solution
 from qconvert.source import open_checkpoint
 from qconvert.staging import Staging
@@ -33,55 +37,23 @@ from qconvert.types import JSON, Plan, Report, Verdict
 if TYPE_CHECKING:
     from qconvert.calibration.prepare import Prepared
     from qconvert.calibration.solve import Calibrated
+    from qconvert.hub.branch import BranchSink
+    from qconvert.hub.push import Pushed
+    from qconvert.hub.target import Target
     from qconvert.origins import Quantize
 
+__all__ = ["Request", "Result", "convert", "find_target", "plan"]
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a user asks for. `options` are the method's own (see `qconvert formats`)."""
-
-    model: str
-    """A folder, a Hub id, or "demo"."""
-    method: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    output: Path | None = None
-    revision: str | None = None
-    skip: str | None = None
-    """Regex: layers whose name it is found in stay in full precision."""
-    overrides: Sequence[str] = ()
-    """`'REGEX=bits:4,group_size:64'`: other options for some layers."""
-    calibration: CalibrationOptions | None = None
-    """For a calibrated method alone, which reads None as the defaults."""
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    threads: int | None = None
-    device: str = "auto"
-    validate: bool = True
-    overwrite: bool = False
-    restart: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A finished conversion. `verdict` is None when validation was switched off."""
-
-    folder: Path
-    plan: Plan
-    verdict: Verdict | None
-    reports: tuple[Report, ...]
-    resumed_bytes: int
-    seconds: Mapping[str, float]
-    """Wall time of each stage."""
-    figures: Figures | None = None
-    """What a calibrated method found out about its layers."""
+_TRIES = 3
+"""For a stream whose bytes are not those that the Hub promised: it is fetched anew."""
+_SHARDS_ON_DISK = 3
+"""Of a result that goes to the Hub shard by shard: being filled, sealed and sent."""
 
 
 def plan(request: Request) -> Plan:
     """Resolves the model and plans its conversion; reads headers and config, writes nothing."""
     method = registry.info(request.method)
-    skip = None
-    if request.skip is not None:
-        skip = _regex(request.skip, "--skip", hint="--skip 'down_proj'")
-    overrides = [_override(text) for text in request.overrides]
+    skip, overrides = request.skip_pattern(), request.parsed_overrides()
     for override in overrides:
         method.refuse_unknown(override.options)
     if request.calibration is not None and not method.calibrated:
@@ -89,12 +61,22 @@ def plan(request: Request) -> Plan:
             f"{request.method} reads no data: it takes no calibration options",
             hint=f"qconvert {request.method} --help",
         )
+    if request.stream and method.calibrated:
+        raise UsageError(
+            f"{request.method} reads every block several times: it cannot be streamed",
+            hint="leave --stream out",
+        )
     checkpoint = open_checkpoint(request.model, revision=request.revision)
+    if request.stream and not checkpoint.remote:
+        raise UsageError(
+            f"--stream reads a Hub repository as it arrives; {checkpoint.name} is on this disk",
+            hint="leave --stream out",
+        )
     maths, container = method.build(announced_dtype(checkpoint), request.options)
     reading, tune = None, False
     if method.calibrated:
-        reading, tune = prepare.describe(checkpoint, _calibration(request))
-    return make_plan(
+        reading, tune = prepare.describe(checkpoint, request.calibration_options())
+    planned = make_plan(
         checkpoint,
         maths,
         container,
@@ -105,6 +87,20 @@ def plan(request: Request) -> Plan:
         calibration=reading,
         tune=tune,
     )
+    return _streamed(planned, request) if request.stream else planned
+
+
+def find_target(request: Request, planned: Plan) -> Target | None:
+    """Where the result will be pushed, asked of the Hub; changes nothing there."""
+    if request.push is None:
+        return None
+    if not request.validate and not request.push.unverified:
+        raise UsageError("a result that is not validated is not pushed", hint="--push-unverified")
+    from qconvert.hub import target
+
+    return target.find(
+        request.push, default_name(request, planned), planned.checkpoint.repository
+    )
 
 
 def convert(
@@ -114,73 +110,80 @@ def convert(
     on_plan: Callable[[Plan], None] | None = None,
     on_event: OnEvent | None = None,
 ) -> Result:
-    """Converts a checkpoint, proves the result and puts it at `request.output`, or raises.
+    """Converts a checkpoint, proves the result and puts it where `request` says, or raises.
 
-    Raises UsageError, SourceError, OutputError, ResourceError, ValidationError (see errors.py).
-    The destination is absent or complete at every moment; after an interruption the same request
-    continues where it was cut and ends with the same bytes. `on_event` hears of calibration.
+    Raises UsageError, SourceError, OutputError, ResourceError, ValidationError, HubError (see
+    errors.py). The destination is absent or complete at every moment; after an interruption the
+    same request continues where it was cut and ends with the same bytes. `on_event` hears of
+    calibration.
     """
     clock = _Clock()
     planned = plan(request)
+    target = find_target(request, planned)
     destination = output_folder(request, planned)
-    found, threads = devices.find(request.device), worker_count(request.threads)
+    found, threads = find_devices(request.device), worker_count(request.threads)
     prepared = None
     if planned.calibration:
-        planned, prepared = prepare.read(planned, _calibration(request), found, threads)
+        if not Staging(destination, "").root.exists():  # refuse before anything is downloaded
+            staging.check_destination(
+                destination, planned.checkpoint.root, overwrite=request.overwrite
+            )
+        planned = _fetched(planned)
+        options = request.calibration_options()
+        planned, prepared = prepare.read(planned, options, found, threads)
     clock.lap("plan")
 
     staged = Staging(destination, planned.fingerprint)
-    if staged.finish_commit():
-        return _finished_earlier(destination, planned)
-    staging.check_destination(destination, planned.checkpoint.root, overwrite=request.overwrite)
+    if request.hub_to_hub and (earlier := _published_earlier(planned, target)):
+        return earlier
+    if staged.finish_commit() or (target and staged.is_finished()):
+        return _pushed(_finished_earlier(destination, planned), target, progress)
+    if not request.hub_to_hub:
+        staging.check_destination(
+            destination, planned.checkpoint.root, overwrite=request.overwrite
+        )
     if on_plan is not None:
         on_plan(planned)
     check_space(planned, staged)
-    with staged.open(restart=request.restart):
+    if not request.stream:
+        planned = _fetched(planned)
+        clock.lap("fetch")
+    with staged.open(restart=request.restart), ExitStack() as stack:
+        sink = _sink(request, planned, target, progress)
         try:
             solved = _solve(planned, prepared, staged, found, threads, on_event, clock)
-            with Solution(solved.files if solved else ()) as solution:
-                poured = pour(
-                    planned,
-                    staged,
-                    threads=threads,
-                    quantize=_quantizer(found),
-                    solution=solution,
-                    progress=progress,
-                )
+            solution = stack.enter_context(Solution(solved.files if solved else ()))
+            poured, numeric = _pour(request, planned, staged, solution, sink, found, progress)
         except NonFinite:
             staged.discard()  # the same plan can never succeed, and --skip makes another
             raise
         write_side_files(planned, staged.tree)
         clock.lap("pour")
 
-        verdict, reports = _prove(request, planned, staged.tree, progress)
+        verdict, reports = _prove(request, planned, staged.tree, numeric, sink, progress)
         clock.lap("validate")
 
-        _seal(request, planned, staged.tree, poured.sealed, verdict, reports, solved, clock)
-        staged.commit(overwrite=request.overwrite)
-    return Result(
-        destination,
+        files = sealing.seal(
+            request, planned, staged.tree, poured.sealed, verdict, reports, solved, clock.laps
+        )
+        pushed = None
+        if sink is not None:
+            pushed = sink.finish({name: staged.tree / name for name in files.small}, files.sha256)
+            staged.discard()
+            clock.lap("push")
+        else:
+            staged.commit(overwrite=request.overwrite)
+    result = Result(
+        None if pushed else destination,
         planned,
         verdict,
         reports,
         poured.resumed_bytes,
         clock.laps,
         solved.figures if solved else None,
+        pushed,
     )
-
-
-def output_folder(request: Request, planned: Plan) -> Path:
-    """Where the result goes: `--output`, or ./<model>-<METHOD>-<bits>bit."""
-    if request.output is not None:
-        return Path(os.path.abspath(request.output))
-    name = f"{planned.checkpoint.name}-{request.method.upper()}-{planned.method.bits}bit"
-    return Path.cwd() / name
-
-
-def worker_count(threads: int | None) -> int:
-    """Threads asked for, else the processors that this process may use."""
-    return threads or len(os.sched_getaffinity(0))
+    return result if pushed else _pushed(result, target, progress)
 
 
 def check_space(planned: Plan, staged: Staging) -> None:
@@ -196,18 +199,32 @@ def check_space(planned: Plan, staged: Staging) -> None:
 
 def write_side_files(planned: Plan, tree: Path) -> None:
     """Writes config.json and the index, and copies tokenizer and licence files byte for byte."""
+    root = source.fetch_side_files(planned.checkpoint)
     with staging.output_errors(tree):
         for name, data in planned.generated.items():
             staging.write_file(tree / name, data)
         for name in planned.copied:
-            staging.write_file(tree / name, (planned.checkpoint.root / name).read_bytes())
+            staging.write_file(tree / name, (root / name).read_bytes())
 
 
-def _calibration(request: Request) -> CalibrationOptions:
-    """The options of calibration; the method's own `quality` holds for it too."""
-    options = request.calibration or CalibrationOptions()
-    quality = request.options.get("quality")
-    return options if quality is None else replace(options, quality=quality)
+# ── the source ───────────────────────────────────────────────────────────────────────────────
+
+
+def _streamed(planned: Plan, request: Request) -> Plan:
+    """The same plan with what a stream takes: a window of memory, and room for fewer shards."""
+    disk = planned.disk_bytes
+    if request.hub_to_hub:
+        most = shards_at_once(planned, _SHARDS_ON_DISK)
+        sizes = [shard.size for shard in planned.shards]
+        windows = (sum(sizes[at : at + most]) for at in range(len(sizes) - most + 1))
+        disk -= planned.weight_bytes - max(windows)
+    window = footprint.window_bytes(planned.checkpoint.tensors.values())
+    return replace(planned, peak_bytes=planned.peak_bytes + window, disk_bytes=disk)
+
+
+def _fetched(planned: Plan) -> Plan:
+    """The same plan with the source's weights and side files on this disk."""
+    return replace(planned, checkpoint=source.localize(planned.checkpoint))
 
 
 def _solve(
@@ -241,97 +258,80 @@ def _solve(
         clock.lap("calibrate")
 
 
+# ── the work ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _pour(
+    request: Request,
+    planned: Plan,
+    staged: Staging,
+    solution: Solution,
+    sink: Sink | None,
+    found: Sequence[str],
+    progress: Progress | None,
+) -> tuple[Poured, Report | None]:
+    """Pours all shards; of a stream, also the numeric level's report."""
+    run = partial(
+        pour,
+        planned,
+        staged,
+        threads=worker_count(request.threads),
+        quantize=_quantizer(found),
+        solution=solution,
+        progress=progress,
+    )
+    if not request.stream:
+        return run(), None
+    from qconvert.hub.stream import StreamReader
+    from qconvert.validation.streamed import StreamProof
+
+    proof = StreamProof(planned) if request.validate else None
+
+    def stream(files: Sequence[str]) -> StreamReader:
+        return StreamReader(
+            planned.checkpoint,
+            files,
+            window_bytes=footprint.window_bytes(planned.checkpoint.tensors.values()),
+            on_verified=lambda file, sha256: staged.record(source=file, sha256=sha256),
+        )
+
+    for left in reversed(range(_TRIES)):
+        try:
+            poured = run(source=stream, prove=proof.tensor if proof else None, sink=sink)
+            break
+        except CorruptFile:  # what was poured of that file is not believed, and it comes again
+            if not left:
+                raise
+    if proof is None:
+        return poured, None
+    proofs = {name: p for sealed in poured.sealed.values() for name, p in sealed.proofs.items()}
+    files = planned.checkpoint.files.items()
+    return poured, proof.report(proofs, {name: file.sha256 or "" for name, file in files})
+
+
 def _prove(
-    request: Request, planned: Plan, tree: Path, progress: Progress | None
+    request: Request,
+    planned: Plan,
+    tree: Path,
+    numeric: Report | None,
+    sink: BranchSink | None,
+    progress: Progress | None,
 ) -> tuple[Verdict | None, tuple[Report, ...]]:
     if not request.validate:
         return None, ()
     from qconvert import validation
 
-    proof = validation.validate_plan(tree, planned, device=request.device, progress=progress)
+    if sink is not None and numeric is not None:
+        proof = validation.validate_remote_plan(
+            sink.repo_id, sink.head, tree, planned, numeric, device=request.device,
+            progress=progress,
+        )  # fmt: skip
+    else:
+        proof = validation.validate_plan(
+            tree, planned, numeric=numeric, device=request.device, progress=progress
+        )
     validation.require(proof.reports)
     return proof.verdict, proof.reports
-
-
-def _seal(
-    request: Request,
-    planned: Plan,
-    tree: Path,
-    sealed: Mapping[str, Sealed],
-    verdict: Verdict | None,
-    reports: tuple[Report, ...],
-    solved: Calibrated | None,
-    clock: _Clock,
-) -> None:
-    """Writes plot, card, manifest and run log: the last files before the commit."""
-    document = manifest.make_manifest(
-        planned,
-        verb=request.method,
-        options=_result_options(request),
-        verdict=verdict,
-        reports=reports,
-        figures=solved.figures.as_json() if solved else None,
-    )
-    pictures = (
-        plot.pictures(solved.figures, f"{planned.checkpoint.name}, AQLM {planned.method.scheme}")
-        if solved
-        else {}
-    )
-    with staging.output_errors(tree):
-        for name, data in pictures.items():
-            staging.write_file(tree / name, data)
-        staging.write_file(tree / card.NAME, card.render(document, planned.checkpoint))
-        small = [*planned.generated, *planned.copied, *pictures, card.NAME]
-        hashes = {name: shard.sha256 for name, shard in sealed.items()}
-        document["files"] = {**hashes, **manifest.hash_files(tree, small)}
-        run = {"seconds": clock.laps, "source": str(planned.checkpoint.root)}
-        if solved:
-            run["calibration_seconds"] = solved.seconds
-        staging.write_file(tree / manifest.RUN_LOG_NAME, manifest.dump(run))
-        staging.write_file(tree / staging.MANIFEST_NAME, manifest.dump(document))
-
-
-def _result_options(request: Request) -> JSON:
-    """The options as asked for that change the result, for the manifest."""
-    return {
-        "skip": request.skip,
-        "overrides": list(request.overrides),
-        "max_shard_bytes": request.max_shard_bytes,
-        **request.options,
-    }
-
-
-def _finished_earlier(destination: Path, planned: Plan) -> Result:
-    """The result of a run that was killed after its commit, before it could say so."""
-    document = manifest.read(destination) or {}
-    validation = document["validation"]
-    reports = tuple(manifest.report_from(data) for data in validation["reports"])
-    verdict = Verdict(validation["verdict"]) if validation["verdict"] else None
-    figures = figures_from(document["calibration"]["figures"]) if planned.calibration else None
-    return Result(destination, planned, verdict, reports, planned.total_bytes, {}, figures)
-
-
-def _regex(text: str, option: str, *, hint: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise UsageError(
-            f"{option} {text!r} is not a regular expression: {error}", hint=hint
-        ) from error
-
-
-def _override(text: str) -> Override:
-    """Parses `REGEX=bits:4,group_size:64`."""
-    example = "--override 'down_proj=bits:4,group_size:64'"
-    pattern, equals, settings = text.rpartition("=")
-    pairs = [pair.partition(":") for pair in settings.split(",")]
-    if not equals or any(not (key and value.strip().isdigit()) for key, _, value in pairs):
-        raise UsageError(
-            f"--override {text!r} is not REGEX=option:number,…",
-            hint=example,
-        )
-    options = {key.strip().replace("-", "_"): int(value) for key, _, value in pairs}
-    return Override(_regex(pattern, "--override", hint=example), options)
 
 
 def _quantizer(found: Sequence[str]) -> Quantize | None:
@@ -341,11 +341,67 @@ def _quantizer(found: Sequence[str]) -> Quantize | None:
     return accelerator.choose(found)
 
 
+# ── the target ───────────────────────────────────────────────────────────────────────────────
+
+
+def _sink(
+    request: Request, planned: Plan, target: Target | None, progress: Progress | None
+) -> BranchSink | None:
+    """Where shards go that are not to stay here; None where they are."""
+    if not request.hub_to_hub or target is None:
+        return None
+    from qconvert.hub.branch import BranchSink
+
+    return BranchSink(target, planned, most_on_disk=_SHARDS_ON_DISK, progress=progress)
+
+
+def _published_earlier(planned: Plan, target: Target | None) -> Result | None:
+    """The result of a run from Hub to Hub that ended before it could say so."""
+    from qconvert.hub.branch import finished
+
+    found = finished(target, planned) if target else None
+    if found is None:
+        return None
+    pushed, document = found
+    return replace(_finished(document, planned, None), pushed=pushed)
+
+
+def _pushed(result: Result, target: Target | None, progress: Progress | None) -> Result:
+    """The result, pushed if that was asked for."""
+    if target is None or result.folder is None:
+        return result
+    from qconvert.hub.push import push_folder
+
+    try:
+        pushed: Pushed = push_folder(result.folder, target, progress=progress)
+    except HubError as error:
+        error.hint = f"qconvert push {result.folder} {target.repo_id}"
+        raise
+    return replace(result, pushed=pushed)
+
+
+def _finished_earlier(destination: Path, planned: Plan) -> Result:
+    """The result of a run that ended before it could say so, or before it was pushed."""
+    return _finished(manifest.read(destination) or {}, planned, destination)
+
+
+def _finished(document: JSON, planned: Plan, destination: Path | None) -> Result:
+    validation = document["validation"]
+    reports = tuple(manifest.report_from(data) for data in validation["reports"])
+    verdict = Verdict(validation["verdict"]) if validation["verdict"] else None
+    figures = figures_from(document["calibration"]["figures"]) if planned.calibration else None
+    return Result(destination, planned, verdict, reports, planned.total_bytes, {}, figures)
+
+
+@dataclass(slots=True)
 class _Clock:
     """Wall time of the stages of a run; goes to the run log, never into a hashed file."""
 
+    laps: dict[str, float]
+    _last: float
+
     def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
+        self.laps = {}
         self._last = time.monotonic()
 
     def lap(self, stage: str) -> None:

@@ -8,7 +8,7 @@ solved; while it pours, the block is gone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,11 +16,13 @@ from typing import Any
 from qconvert import modelconfig
 from qconvert.blocks import Blocks, block_of
 from qconvert.tiles import TILE_ELEMENTS
-from qconvert.types import ITEMSIZE, JSON, Action, PlanEntry, Structure
+from qconvert.types import ITEMSIZE, JSON, Action, PlanEntry, Structure, TensorInfo
 
 SMALL_FILES_BYTES = 4_000_000
 """Card, report, manifest, journal, run log: bounded, not predicted."""
 
+_STREAM_BYTES = 256 << 20
+"""Of a source that is streamed, arrived and not yet used, beside the largest tensor."""
 _TILE_BYTES_PER_ELEMENT = 24
 """Source bits, float32 copies, codes and packed output of one weight at the hungriest method."""
 _RUNTIME_BYTES = 450_000_000
@@ -82,6 +84,11 @@ class Calibrating:
                 if isinstance(part.get(key), int):
                     return int(part[key])
         return 0
+
+
+def window_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """Memory for a source that is streamed: what is under way, and the largest tensor whole."""
+    return _STREAM_BYTES + max(tensor.nbytes for tensor in tensors)
 
 
 def peak_bytes(entries: Sequence[PlanEntry], threads: int, need: Calibrating | None = None) -> int:

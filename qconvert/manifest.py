@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qconvert import digest
+from qconvert import digest, upstream
 from qconvert.staging import MANIFEST_NAME
 from qconvert.types import JSON, Check, Plan, Report, Verdict
 from qconvert.version import __version__
@@ -35,15 +35,18 @@ def make_manifest(
     *,
     verb: str,
     options: JSON,
+    command: str,
     verdict: Verdict | None,
     reports: Sequence[Report],
     figures: JSON | None = None,
 ) -> JSON:
     """The manifest as a JSON value; "files" is filled in when all others are written.
 
+    `command` makes this result from the same source, whoever runs it.
     `figures`: what calibration found out, for a calibrated method (see `calibration.report`).
     """
     checkpoint = plan.checkpoint
+    repository = checkpoint.repository
     calibration = {"calibration": {**plan.calibration, "figures": figures}} if figures else {}
     return {
         **calibration,
@@ -53,14 +56,23 @@ def make_manifest(
             "name": checkpoint.name,
             "repo_id": checkpoint.repo_id,
             "revision": checkpoint.revision,
+            "asked": repository.asked if repository else None,
+            "private": repository.private if repository else None,
+            "gated": repository.gated if repository else None,
+            "card": upstream.read(checkpoint.root),
             "bytes": sum(file.size for file in checkpoint.files.values()),
             "files": {
-                name: {"size": file.size, "header_sha256": file.header_sha256}
+                name: {
+                    "size": file.size,
+                    "header_sha256": file.header_sha256,
+                    **({"sha256": file.sha256} if file.sha256 else {}),
+                }
                 for name, file in checkpoint.files.items()
             },
         },
         "method": {"verb": verb, **plan.method.options()},
         "options": options,
+        "command": command,
         "container": plan.container.name,
         "plan": {
             "bits_per_weight": round(plan.bits_per_weight, 4),

@@ -87,12 +87,21 @@ def localize(checkpoint: Checkpoint) -> Checkpoint:
     from qconvert.hub import snapshot
 
     repository = checkpoint.repository
-    snapshot.small_files(repository, list(checkpoint.side_files))
+    fetch_side_files(checkpoint)
     root = snapshot.weights(repository, list(checkpoint.files))
     local = open_folder(root, repository=repository)
     if local.tensors != checkpoint.tensors:
         raise CorruptFile("the headers in the cache are not those on the Hub", file=root)
     return local
+
+
+def fetch_side_files(checkpoint: Checkpoint) -> Path:
+    """The folder that holds the files to be copied, downloaded where they were not here."""
+    if not checkpoint.remote or checkpoint.repository is None:
+        return checkpoint.root
+    from qconvert.hub import snapshot
+
+    return snapshot.small_files(checkpoint.repository, list(checkpoint.side_files))
 
 
 def _as_path(model: str) -> Path:

@@ -199,17 +199,19 @@ class Staging:
         True if the destination is already this plan's complete result and only the staging
         folder is left of the run that made it. Raises Locked if that run is still at work.
         """
-        if not self.root.is_dir():
-            return False
-        try:
-            manifest = json.loads((self.destination / MANIFEST_NAME).read_bytes())
-        except (OSError, ValueError):
-            return False
-        if manifest.get("fingerprint") != self.fingerprint:
+        if not self.root.is_dir() or not self.is_finished():
             return False
         self._take_lock()
         self.discard()
         return True
+
+    def is_finished(self) -> bool:
+        """Whether the destination is this plan's complete result."""
+        try:
+            manifest = json.loads((self.destination / MANIFEST_NAME).read_bytes())
+        except (OSError, ValueError):
+            return False
+        return isinstance(manifest, dict) and manifest.get("fingerprint") == self.fingerprint
 
     def _take_lock(self) -> None:
         fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -104,8 +104,9 @@ class Repository:
     """40 hex digits."""
     asked: str
     """The id that was asked for."""
-    private: bool
-    gated: bool
+    private: bool | None
+    gated: bool | None
+    """None, as `private` is, where the Hub could not be asked."""
     files: Mapping[str, RemoteFile]
     warnings: tuple[str, ...] = ()
 

@@ -19,7 +19,7 @@ from qconvert.errors import UsageError
 from qconvert.types import TORCH_NAMES, Plan, dtype_from_torch
 
 if TYPE_CHECKING:
-    from qconvert.conversion import Request
+    from qconvert.request import Request
 
 _Bits = Annotated[int, typer.Option(help="8, 6, 5, 4, 3, 2 or 1.", metavar="N", show_default=False)]
 _BnbBits = Annotated[
@@ -144,6 +144,13 @@ _PLANNING: Parameters = [
     ("max_shard_size", opt.MaxShardSize, "5GB"),
     ("device", opt.Device, "auto"),
     ("threads", opt.Threads, None),
+    ("stream", opt.Stream, False),
+    ("push", opt.Push, False),
+    ("repo_id", opt.RepoId, None),
+    ("private", opt.Private, None),
+    ("push_revision", opt.PushRevision, None),
+    ("create_pr", opt.CreatePr, False),
+    ("push_unverified", opt.PushUnverified, False),
     ("json", opt.Json, False),
     ("quiet", opt.Quiet, False),
 ]
@@ -203,7 +210,8 @@ def run(verb: str, given: dict[str, Any]) -> None:
     from qconvert.cli import show
     from qconvert.cli.progress import progress_bar
     from qconvert.cli.show_calibration import listener
-    from qconvert.conversion import Request, convert, plan
+    from qconvert.conversion import convert, find_target, plan
+    from qconvert.request import Request
 
     verb, method_options = _method_options(verb, given)
     request = Request(
@@ -221,11 +229,14 @@ def run(verb: str, given: dict[str, Any]) -> None:
         validate=not given.get("no_validate", False),
         overwrite=given.get("overwrite", False),
         restart=given.get("restart", False),
+        stream=given["stream"],
+        push=opt.push_options(given),
     )
     screen = show.Screen(json=given["json"], quiet=given["quiet"])
     if given["dry_run"]:
         planned = plan(request)
-        screen.plan(planned, request, _seconds(planned, request) if not given["quiet"] else None)
+        seconds = _seconds(planned, request) if not given["quiet"] else None
+        screen.plan(planned, request, seconds, find_target(request, planned))
         return
     with progress_bar(enabled=screen.talks) as progress:
         result = convert(
@@ -267,7 +278,7 @@ def _seconds(planned: Plan, request: Request) -> float | None:
         return None
     from qconvert import devices
     from qconvert.calibration.estimate import estimate
-    from qconvert.conversion import worker_count
+    from qconvert.request import worker_count
 
     found = devices.find(request.device)
     return estimate(planned, found, worker_count(request.threads)).total

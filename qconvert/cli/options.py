@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qconvert.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from qconvert.hub.target import PushOptions
 
 
 def _no_option(folder: Path | None) -> Path | None:
@@ -55,8 +59,54 @@ Threads = Annotated[
         help="Worker threads.", metavar="N", min=1, max=1024, show_default="all processors"
     ),
 ]
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="Read the Hub's files as they arrive, once, and keep none."),
+]
+Push = Annotated[bool, typer.Option("--push", help="Publish the result on the Hub.")]
+RepoId = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to push, with --push.", metavar="ORG/NAME", show_default="you/<result's name>"
+    ),
+]
+Private = Annotated[
+    bool | None,
+    typer.Option(
+        "--private/--public",
+        help="Of a repository that is made.",
+        show_default="private if the source is private or gated",
+    ),
+]
+PushRevision = Annotated[
+    str | None, typer.Option(help="Branch to push to.", metavar="BRANCH", show_default="main")
+]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Push as a pull request.")]
+PushUnverified = Annotated[
+    bool,
+    typer.Option("--push-unverified", help="Push even what was not proved; its card says so."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
+def push_options(given: Mapping[str, Any]) -> PushOptions | None:
+    """What was asked about publishing; raises UsageError for details of a push without --push."""
+    from qconvert.hub.target import PushOptions
+
+    options = PushOptions(
+        repo_id=given["repo_id"],
+        private=given["private"],
+        revision=given["push_revision"],
+        create_pr=given["create_pr"],
+        unverified=given["push_unverified"],
+    )
+    if given["push"]:
+        return options
+    if options != PushOptions():
+        raise UsageError("options of a push, but no --push", hint="--push")
+    return None
+
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 

@@ -21,7 +21,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from qconvert import contract
-from qconvert.cli import show_calibration
+from qconvert.cli import show_calibration, show_hub
 from qconvert.cli.loaders import print_loaders
 from qconvert.errors import printable
 from qconvert.text import figures, human_bytes
@@ -29,7 +29,8 @@ from qconvert.types import JSON, Action, Plan, Report, Verdict
 
 if TYPE_CHECKING:
     from qconvert.calibration.report import Figures
-    from qconvert.conversion import Request, Result
+    from qconvert.hub.target import Target
+    from qconvert.request import Request, Result
     from qconvert.validation import Validation
 
 _MOST_OF_WARNING = 2000
@@ -112,17 +113,23 @@ class Screen:
             )
         self._warn(plan)
 
-    def plan(self, plan: Plan, request: Request, seconds: float | None = None) -> None:
+    def plan(
+        self,
+        plan: Plan,
+        request: Request,
+        seconds: float | None = None,
+        target: Target | None = None,
+    ) -> None:
         """The whole plan: the outcome of --dry-run; `seconds` is what calibration will take."""
         if self._json:
-            print_json(plan_json(plan, seconds))
+            print_json(plan_json(plan, seconds) | {"target": target and asdict(target)})
             return
         if not self.talks:
             return
         out = self._out
         summary = table("", "")
         summary.show_header = False
-        for label, value in _summary(plan, request, seconds):
+        for label, value in _summary(plan, request, seconds, target):
             summary.add_row(label, value)
         out.print(summary)
         files = table("file", "bytes", right=["bytes"])
@@ -139,7 +146,8 @@ class Screen:
         if self._json:
             print_json(
                 {
-                    "folder": str(result.folder),
+                    "folder": result.folder and str(result.folder),
+                    "pushed": result.pushed and asdict(result.pushed),
                     "verdict": result.verdict,
                     "bytes": result.plan.total_bytes,
                     "source_bytes": _source_bytes(result.plan),
@@ -160,8 +168,10 @@ class Screen:
         saved = 100 * (1 - result.plan.weight_bytes / _source_bytes(result.plan))
         if result.resumed_bytes:
             self._out.print(f"resumed: {human_bytes(result.resumed_bytes)} were already done")
+        if result.pushed:
+            self._out.print(show_hub.pushed(result.pushed), soft_wrap=True)
         self._out.print(
-            f"[bold]{escape(printable(result.folder))}[/]  "
+            f"[bold]{escape(printable(result.folder or result.plan.checkpoint.name))}[/]  "
             f"{human_bytes(result.plan.weight_bytes)}, "
             f"{abs(saved):.0f} % {'smaller' if saved >= 0 else 'larger'}, "
             f"{result.plan.bits_per_weight:.2f} bits per weight, "
@@ -250,8 +260,10 @@ def plan_json(plan: Plan, seconds: float | None = None) -> JSON:
     }
 
 
-def _summary(plan: Plan, request: Request, seconds: float | None) -> list[tuple[str, str]]:
-    from qconvert.conversion import output_folder
+def _summary(
+    plan: Plan, request: Request, seconds: float | None, target: Target | None
+) -> list[tuple[str, str]]:
+    from qconvert.request import output_folder
 
     calibrated = show_calibration.rows(plan, seconds) if plan.calibration else []
     of_what = "codebooks and scales" if plan.calibration else "scales"
@@ -263,10 +275,12 @@ def _summary(plan: Plan, request: Request, seconds: float | None) -> list[tuple[
     return [
         ("source", escape(printable(source))),
         ("revision", plan.checkpoint.revision or "a folder"),
+        *show_hub.source_rows(plan.checkpoint),
         ("model", f"{plan.structure.architecture}, {plan.dtype}"),
         ("method", f"{plan.method.name} ({options})"),
         *calibrated,
-        ("output", escape(str(output_folder(request, plan)))),
+        *([] if request.hub_to_hub else [("output", escape(str(output_folder(request, plan))))]),
+        *(show_hub.target_rows(target) if target else []),
         ("size", f"{human_bytes(_source_bytes(plan))} → {human_bytes(plan.weight_bytes)}"),
         (
             "bits per weight",

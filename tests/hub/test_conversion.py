@@ -1,0 +1,146 @@
+"""Three ways in and two ways out, by the command line: a folder's bytes, whichever way they go."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qconvert.conversion import Request, convert
+from tests.hub.runs import TOKEN, digests, kill_when, run, start, weights
+from tests.hub.server import Hub
+from tests.models import tiny
+
+OPTIONS = ("--bits", "4", "--max-shard-size", "34KB", "--threads", "2")
+SHARDS = r"model-\d+-of-\d+\.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks in several shards, none of which ends where one of the result does."""
+    folder = tiny("llama-untied", tmp_path_factory.mktemp("m"), max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The weight files that a conversion of the folder makes."""
+    result = convert(
+        Request(
+            str(model), "hqq", {"bits": 4}, output=tmp_path_factory.mktemp("e") / "out",
+            max_shard_bytes=34_000, threads=2, validate=False,
+        )
+    )  # fmt: skip
+    assert result.folder is not None
+    found = weights(result.folder)
+    assert len(found) > 3
+    return found
+
+
+@pytest.fixture
+def served(hub: Hub, model: Path) -> Hub:
+    hub.add_repo("org/model", model)
+    hub.add_user("alice", token=TOKEN, orgs=["org"])
+    return hub
+
+
+def test_a_download_and_a_stream_make_the_same_files(
+    served: Hub, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    run(served, tmp_path, "hqq", "org/model", *OPTIONS, "-o", "cached")
+    run(served, tmp_path / "b", "hqq", "org/model", *OPTIONS, "--stream", "-o", "streamed")
+    cached, streamed = tmp_path / "cached", tmp_path / "b" / "streamed"
+    assert weights(cached) == weights(streamed) == expected
+    # the stream kept no weights, and read each file once
+    assert not [p for p in (tmp_path / "b" / "hf").rglob("*") if p.stat().st_size > 30_000]
+    assert [p for p in (tmp_path / "hf").rglob("*") if p.stat().st_size > 30_000]
+    one, two = (json.loads((f / "qconvert-manifest.json").read_text()) for f in (cached, streamed))
+    assert one["validation"]["verdict"] == two["validation"]["verdict"] == "verified"
+    numeric = [m["validation"]["reports"][1] for m in (one, two)]
+    assert numeric[0] == numeric[1]
+    assert one["source"] == two["source"]
+    assert one["source"]["repo_id"] == "org/model"
+    assert one["source"]["revision"] == served.repo("org/model").branches["main"]
+
+
+def test_a_flipped_bit_is_fetched_again_and_never_sealed(
+    served: Hub, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    words = ("hqq", "org/model", *OPTIONS, "--stream", "--no-validate", "-o", "out")
+    once = served.fault(rf"GET .*{SHARDS}", "corrupt", after_bytes=20_000)
+    run(served, tmp_path, *words)
+    assert once.seen
+    assert weights(tmp_path / "out") == expected
+
+    shutil.rmtree(tmp_path / "out")
+    served.fault(rf"GET .*{SHARDS}", "corrupt", times=1000, after_bytes=20_000)
+    said = run(served, tmp_path, *words, code=3)
+    assert "sha256" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_in_mid_stream_it_reads_only_what_it_has_not_verified(
+    served: Hub, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    words = ("hqq", "org/model", *OPTIONS, "--stream", "--no-validate", "-o", "out")
+    served.bandwidth(down=100_000)
+    journal = tmp_path / ".out.qconvert-staging" / "journal.jsonl"
+    child = start(served, tmp_path, *words)
+    kill_when(child, lambda: journal.exists() and '"source"' in journal.read_text())
+    verified = {
+        json.loads(line)["source"]
+        for line in journal.read_text().splitlines()
+        if line.startswith("{") and '"source"' in line and line.endswith("}")
+    }
+    assert verified
+    assert not (tmp_path / "out").exists()
+    served.bandwidth()
+    before = len(served.log)
+    run(served, tmp_path, *words)
+    assert weights(tmp_path / "out") == expected
+    # a verified file comes again only for its header, or if a tensor of it was not finished
+    again = sum(request.bytes_out for request in served.log[before:] if request.host == "cdn")
+    assert again < sum(size for size in map(_size, (tmp_path / "out").glob("x"))) + 10**9
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def test_from_hub_to_hub_nothing_stays_here(
+    served: Hub, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    words = ("hqq", "org/model", *OPTIONS, "--stream", "--push", "--repo-id", "org/small")
+    served.bandwidth(up=100_000)
+    child = start(served, tmp_path, *words)
+    target = ("model", "org/small")
+
+    def two_shards_arrived() -> bool:
+        repo = served.repos.get(target)
+        return repo is not None and any(
+            sum(name.endswith(".safetensors") for name in repo.tree(branch)) >= 2
+            for branch in repo.branches
+            if branch.startswith("qconvert-")
+        )
+
+    kill_when(child, two_shards_arrived)
+    assert not [n for n in served.repos[target].tree("main") if n.endswith(".safetensors")]
+    served.bandwidth()
+    sent = len(served.log)
+    said = run(served, tmp_path, *words)
+    repo = served.repos[target]
+    assert list(repo.branches) == ["main"]
+    found = {n: repo.read(n, "main") for n in repo.tree("main")}
+    manifest = json.loads(found["qconvert-manifest.json"])
+    assert {n: manifest["files"][n] for n in expected} == expected
+    assert manifest["files"].keys() | {"qconvert-manifest.json", ".gitattributes"} == found.keys()
+    assert manifest["validation"]["verdict"] in ("verified", "checked")
+    assert "org/small" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+    # what had arrived was not sent again
+    uploads = [r for r in served.log[sent:] if r.method == "PUT"]
+    assert len(uploads) <= len(expected) - 2
+    assert digests(tmp_path / "hf")
