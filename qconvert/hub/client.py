@@ -235,6 +235,8 @@ def translated(
                 f"{repo_id} has no revision {printable(revision)!r}",
                 hint=f"see {page}/commits/main, or leave --revision out",
             )
+        case errors.RemoteEntryNotFoundError():
+            return NotFound(f"{repo_id} has no such file", hint=f"see {page}")
         case errors.RepositoryNotFoundError():
             return NotFound(
                 f"no repository {repo_id} on the Hub, or it is private",

@@ -79,9 +79,7 @@ class Fetcher:
 
     def close(self) -> None:
         self._stop.set()
-        for each in list(self._sockets):
-            with suppress(OSError):  # wakes a thread that waits for it; closing would not
-                each.shutdown(socket.SHUT_RDWR)
+        self._hang_up()
         if self._session is not None:
             self._session.close()
 
@@ -121,8 +119,13 @@ class Fetcher:
         """Keeps the sockets of new connections, so that `close` can wake who waits for them."""
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             self._sockets.add(info["return_value"].get_extra_info("socket"))
-        if self._stop.is_set():
-            raise client.httpx().ReadError("closed")
+            if self._stop.is_set():
+                self._hang_up()
+
+    def _hang_up(self) -> None:
+        for each in list(self._sockets):
+            with suppress(OSError):  # wakes a thread that waits for it; closing would not
+                each.shutdown(socket.SHUT_RDWR)
 
 
 class _Filling:

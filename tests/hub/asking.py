@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PREAMBLE = """
-import json, sys
+import faulthandler, json, sys
+faulthandler.dump_traceback_later(100, exit=True)  # rather than wait for ever
 from qconvert.errors import QConvertError
 """
 _LOOP = """
