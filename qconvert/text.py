@@ -27,6 +27,9 @@ def figures(data: JSON) -> list[tuple[str, str]]:
     """The numbers and words of a report, labelled for people; lists are left to --json."""
     found = []
     for key, value in data.items():
+        if key.endswith("_bytes") and isinstance(value, int):
+            found.append((key.replace("_", " "), f"{value:,} ({human_bytes(value)})"))
+            continue
         if isinstance(value, dict) and all(isinstance(v, int | float) for v in value.values()):
             text = ", ".join(f"{name} {_number(v)}" for name, v in value.items())
         elif isinstance(value, int | float | str) and not isinstance(value, bool):

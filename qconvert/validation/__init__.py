@@ -1,9 +1,9 @@
 """The three levels of proof: contract, numeric, reload.
 
-`validate_folder` proves a folder, `validate_plan` what a conversion has just written, `require`
-turns a report that failed into its error. They are imported when they are asked for: the reload
-child lives in this package, and has to leave the network before anything starts a thread, numpy's
-among them.
+`validate_folder` proves a folder or a Hub repository, `validate_plan` what a conversion has just
+written (`validate_remote_plan`: to a branch there), `require` turns a report that failed into its
+error. They are imported when they are asked for: the reload child lives in this package, and has to
+leave the network before anything starts a thread, numpy's among them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,19 @@ if TYPE_CHECKING:
         require,
         validate_folder,
         validate_plan,
+        validate_remote_plan,
         verdict,
     )
 
-__all__ = ["LEVELS", "Validation", "require", "validate_folder", "validate_plan", "verdict"]
+__all__ = [
+    "LEVELS",
+    "Validation",
+    "require",
+    "validate_folder",
+    "validate_plan",
+    "validate_remote_plan",
+    "verdict",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,18 @@
-"""The three levels in a row, each only if the one before it held."""
+"""The three levels in a row, each only if the one before it held, wherever the checkpoint lies."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from qconvert.errors import NotFound, QConvertError, UsageError
-from qconvert.source import SourceReader, open_checkpoint
-from qconvert.stored import Stored, open_stored
-from qconvert.types import Checkpoint, Plan, Report
+from qconvert import modelconfig
+from qconvert.errors import Gated, HubError, NotFound, QConvertError, UsageError
+from qconvert.safepath import read_bytes
+from qconvert.shards import read_weights
+from qconvert.source import SourceReader, localize, looks_local, open_checkpoint
+from qconvert.stored import Stored, open_stored, open_target, seen, split_revision
+from qconvert.types import JSON, Checkpoint, Plan, Report
 from qconvert.validation.contract import check_contract, unreadable
 from qconvert.validation.reports import (
     CONTRACT,
@@ -21,52 +25,136 @@ from qconvert.validation.reports import (
     verdict,
 )
 
-__all__ = ["LEVELS", "Validation", "require", "validate_folder", "validate_plan", "verdict"]
+__all__ = [
+    "LEVELS",
+    "Validation",
+    "require",
+    "validate_folder",
+    "validate_plan",
+    "validate_remote_plan",
+    "verdict",
+]
+
+ALL = "all"
+_ALWAYS_RAISED = (NotFound, Gated, UsageError, HubError)
+"""Which say nothing about the files: there are none to judge."""
 
 
 def validate_folder(
     path: str | Path,
     *,
     against: str | Path | None = None,
+    revision: str | None = None,
     levels: Collection[str] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Validation:
-    """Proves a quantized folder; `against` is the source: a folder, a Hub id, or "demo".
+    """Proves a quantized folder, or Hub repository ("org/name", "org/name@v1", or `revision`).
 
-    Without it nothing but the contract, and the loader against our own dequantization, can be
-    proved, and the verdict is None; a folder made from the demo finds its source by itself.
-    `levels` are some of "contract", "numeric", "reload": all by default.
+    `against` is the source: a folder, a Hub id, or "demo". Without it nothing but the contract, and
+    the loader against our own dequantization, can be proved, and the verdict is None; what was made
+    from the demo finds its source by itself. `levels` are some of "contract", "numeric", "reload"
+    and "all": all by default, but of a repository the first two, which read it by ranges. To be
+    reloaded, at most 2 GB of it are fetched whole, else the first two blocks.
 
-    Nothing is written. What the folder holds is reported, not raised; NotFound and UsageError are
-    raised for one that is not there, not quantized, or levels that do not exist, the errors of
-    `open_checkpoint` for `against`, and CorruptFile if a file of it changes meanwhile.
+    Nothing is written but the Hub's cache. What the checkpoint holds is reported, not raised;
+    NotFound and UsageError are raised for one that is not there, not quantized, or levels that do
+    not exist, the errors of `open_checkpoint` for `against`, those of the Hub, and CorruptFile if a
+    file of the source changes meanwhile.
     """
-    unknown = sorted(set(levels or ()) - set(LEVELS))
-    if unknown:
+    asked = set(levels or ())
+    if unknown := sorted(asked - {*LEVELS, ALL}):
         raise UsageError(
             f"unknown level {unknown[0]!r}", hint=f"--level {' or --level '.join(LEVELS)}"
         )
-    wanted = [level for level in LEVELS if not levels or level in levels]
     try:
-        stored = open_stored(Path(path))
-    except (NotFound, UsageError):
+        stored = open_target(path, revision)
+    except _ALWAYS_RAISED:
         raise
     except QConvertError as error:
         return _validation([unreadable(error)])
-    source = open_checkpoint(str(against)) if against is not None else _demo(stored)
+    afar = stored.checkpoint.remote
+    if not asked or ALL in asked:
+        asked = {CONTRACT, NUMERIC} if afar and not asked else set(LEVELS)
+    if against is None:
+        source = _demo(stored)
+    else:
+        name, commit = split_revision(against)
+        source = open_checkpoint(name, revision=commit)
+        if RELOAD in asked and not afar:  # all of it will be read, and more than once
+            source = localize(source)
+    wanted = [level for level in LEVELS if level in asked]
     return _prove(wanted, stored, source, device=device, progress=progress)
 
 
 def validate_plan(
-    tree: Path, plan: Plan, *, device: str = "auto", progress: Progress | None = None
+    tree: Path,
+    plan: Plan,
+    *,
+    numeric: Report | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
 ) -> Validation:
-    """Proves what a conversion has written to `tree`, against its plan and its source."""
+    """Proves what a conversion has written to `tree`, against its plan and its source.
+
+    `numeric` is that level's report where each tensor was compared as it was made (`streamed.py`).
+    """
     try:
         stored = open_stored(tree)
     except QConvertError as error:
         return _validation([unreadable(error)])
-    return _prove(LEVELS, stored, plan.checkpoint, plan=plan, device=device, progress=progress)
+    return _prove(
+        LEVELS, stored, plan.checkpoint, plan=plan, numeric=numeric, device=device,
+        progress=progress,
+    )  # fmt: skip
+
+
+def validate_remote_plan(
+    repo_id: str,
+    revision: str,
+    small: Path,
+    plan: Plan,
+    numeric: Report,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Validation:
+    """The same where the shards lie on a branch at the commit `revision`, all others in `small`."""
+    try:
+        stored = _on_branch(repo_id, revision, small, plan)
+    except _ALWAYS_RAISED:
+        raise
+    except QConvertError as error:
+        return _validation([unreadable(error)])
+    return _prove(
+        LEVELS, stored, plan.checkpoint, plan=plan, numeric=numeric, device=device,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _on_branch(repo_id: str, revision: str, small: Path, plan: Plan) -> Stored:
+    """A checkpoint whose shards are on the Hub and whose small files are here."""
+    from qconvert.hub import headers, tree
+
+    root = small.resolve()
+    repository = tree.resolve(repo_id, revision)
+    shards = {shard.name: len(shard.header) for shard in plan.shards}
+    names = [path.name for path in root.iterdir() if path.suffix != ".safetensors"]
+    names += [name for name in shards if name in repository.files]
+    files, tensors = read_weights(
+        root, names, [], lambda guesses: headers.read_headers(repository, {**guesses, **shards})
+    )
+    checkpoint = Checkpoint(
+        root=root,
+        name=plan.checkpoint.name,
+        config=modelconfig.parse(read_bytes(root, modelconfig.FILE, modelconfig.MAX_BYTES)),
+        files=files,
+        tensors=tensors,
+        side_files=plan.copied,
+        repository=repository,
+        remote=True,
+    )
+    return seen(checkpoint)
 
 
 def _prove(
@@ -75,13 +163,14 @@ def _prove(
     source: Checkpoint | None,
     *,
     plan: Plan | None = None,
+    numeric: Report | None = None,
     device: str,
     progress: Progress | None,
 ) -> Validation:
     structure = plan.structure if plan else None
     run: dict[str, Callable[[], Report]] = {
         CONTRACT: lambda: check_contract(stored, structure=structure, plan=plan),
-        NUMERIC: lambda: _numeric(stored, source, plan, progress),
+        NUMERIC: lambda: numeric or _numeric(stored, source, plan, progress),
         RELOAD: lambda: _reload(stored, source, device, progress),
     }
     reports: list[Report] = []
@@ -89,7 +178,7 @@ def _prove(
         failed = [r.level for r in reports if not r.passed and not r.skipped]
         skip = Report(level, [], skipped=f"the {failed[0]} level failed") if failed else None
         reports.append(skip or run[level]())
-    return _validation(reports)
+    return _validation(reports, stored)
 
 
 def _numeric(
@@ -99,7 +188,8 @@ def _numeric(
     progress: Progress | None,
 ) -> Report:
     if source is None:
-        return Report(NUMERIC, [], skipped="no source to compare with (--against SOURCE)")
+        what = f"--against {_claimed_source(stored)}"
+        return Report(NUMERIC, [], skipped=f"no source to compare with ({what})")
     from qconvert.validation.numeric import check_numeric
 
     structure = plan.structure if plan else None
@@ -111,25 +201,46 @@ def _reload(
 ) -> Report:
     from qconvert.validation.reload import check_reload
 
-    if source is None:
-        return check_reload(stored.root, device=device, progress=progress)
-    report = check_reload(stored.root, source.root, device=device, progress=progress)
-    with SourceReader(source) as reader:  # the child opened the files anew
-        for file in source.files:
-            reader.check_unchanged(file)
+    report = check_reload(stored, source, device=device, progress=progress)
+    if source is not None and not source.remote:
+        with SourceReader(source) as reader:  # the child opened the files anew
+            for file in source.files:
+                reader.check_unchanged(file)
     return report
 
 
-def _validation(reports: list[Report]) -> Validation:
-    return Validation(verdict(reports), tuple(reports))
+def _validation(reports: list[Report], stored: Stored | None = None) -> Validation:
+    repository = stored.checkpoint.repository if stored else None
+    return Validation(
+        verdict(reports),
+        tuple(reports),
+        repository.id if repository else None,
+        repository.commit if repository else None,
+    )
+
+
+def _claimed_source(stored: Stored) -> str:
+    """The Hub repository that the manifest names, as --against takes it; else a word for it."""
+    claimed = _claimed(stored)
+    named, commit = claimed.get("repo_id"), claimed.get("revision")
+    if not isinstance(named, str) or looks_local(named):
+        return "SOURCE"
+    return shlex.quote(f"{named}@{commit}" if isinstance(commit, str) else named)
 
 
 def _demo(stored: Stored) -> Checkpoint | None:
     """The built-in model, if the manifest says that the folder was made from this very one."""
-    claimed = (stored.manifest or {}).get("source", {})
-    if claimed.get("name") != "demo" or claimed.get("repo_id") is not None:
+    claimed = _claimed(stored)
+    files = claimed.get("files")
+    if claimed.get("name") != "demo" or claimed.get("repo_id") or not isinstance(files, dict):
         return None
     demo = open_checkpoint("demo")
     headers = {name: file.header_sha256 for name, file in demo.files.items()}
-    told = {name: file.get("header_sha256") for name, file in claimed.get("files", {}).items()}
+    told = {n: f.get("header_sha256") for n, f in files.items() if isinstance(f, dict)}
     return demo if headers == told else None
+
+
+def _claimed(stored: Stored) -> JSON:
+    """What the manifest says of the source."""
+    source = (stored.manifest or {}).get("source")
+    return source if isinstance(source, dict) else {}

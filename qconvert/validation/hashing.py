@@ -17,7 +17,7 @@ from qconvert.staging import MANIFEST_NAME
 from qconvert.stored import Stored
 
 _OF_THE_HUB = re.compile(r"\.gitattributes|\.git/.*|\.cache/huggingface/.*")
-"""Files that are put into a repository, or into a folder it is downloaded to, by the Hub's tools."""
+"""Put into a repository, or into the folder it is downloaded to, by the Hub and its tools."""
 
 
 @dataclass(frozen=True, slots=True)

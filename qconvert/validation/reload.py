@@ -7,7 +7,9 @@ over, the expected class in every layer, logits equal to those of our own dequan
 distribution to the source's, and text that is not one repeated token.
 
 A model that does not fit into memory three times over is cut to its first two blocks, source and
-result alike (`truncate.py`); what cannot run at all is `skipped`, with the reason.
+result alike (`truncate.py`), and so is one on the Hub that is too large to be fetched for this;
+what cannot run at all is `skipped`, with the reason. The child is handed folders: whatever has to
+be fetched lies in a temporary one before it starts.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from qconvert.errors import QConvertError
-from qconvert.stored import open_stored
-from qconvert.types import JSON, Check, Report
+from qconvert.stored import Stored
+from qconvert.text import human_bytes
+from qconvert.types import JSON, Check, Checkpoint, Report
 from qconvert.validation import isolation, truncate
 from qconvert.validation.reports import RELOAD, Progress
 
@@ -34,6 +36,8 @@ HELD_OUT = Path(__file__).parent.parent / "demo" / "heldout.txt"
 MAX_TOKENS = 2048
 TIMEOUT = 1800.0
 """Seconds; a model that is reloaded whole takes seconds to minutes."""
+WHOLE_BYTES = 2_000_000_000
+"""Of weights on the Hub, source and result together: what is fetched whole to be reloaded."""
 
 _ENVIRONMENT = {"aqlm": {"NUMBA_NUM_THREADS": "1"}}
 """By format. Threads of aqlm 1.1.7's CPU kernel add to the same sums without a lock."""
@@ -41,8 +45,8 @@ _STDERR_LINES = 12
 
 
 def check_reload(
-    folder: Path,
-    source: Path | None = None,
+    stored: Stored,
+    source: Checkpoint | None = None,
     *,
     device: str = "auto",
     text: Path | None = None,
@@ -51,17 +55,19 @@ def check_reload(
     timeout: float = TIMEOUT,
     progress: Progress | None = None,
 ) -> Report:
-    """Loads a quantized folder with its stock loader, in a child process, and measures it.
+    """Loads a quantized checkpoint with its stock loader, in a child process, and measures it.
 
     `source` is the checkpoint it was made from; without it there is no perplexity or KL
     divergence to compare, only the loader against our own dequantization. `device` is "auto"
     (a GPU where there is one), "cpu" or "cuda". `text` is what perplexity is taken on, the
     demo's held-out text by default; at most `max_tokens` of it. `timeout` is in seconds.
 
-    Report.data: loader, device, dtype, network, tokens, perplexity {source, quantized},
-    kl (nats a token, source ‖ quantized), top1, loader_error, continuation {prompt, source,
-    quantized}; `truncated` when only the first two blocks were loaded. Never raises for what the
-    files or the loader do: that is in the report.
+    Report.data: loader, device, device_name, dtype, tokens, loaded_bytes (of the stock loader's
+    model, on CUDA with peak_bytes while it ran), loader_error, and against the source perplexity,
+    source_perplexity, kl_divergence (nats a token, source ‖ quantized), top1_agreement, samples
+    {prompt, source, quantized}; `truncated` when only the first two blocks were loaded, without
+    the bytes then. Never raises for what the files or the loader do: that is in the report.
+    Raises the errors of reading where one of the two is on the Hub.
     """
     request: JSON = {
         "device": device,
@@ -70,25 +76,42 @@ def check_reload(
         "max_tokens": max_tokens,
         "parent": os.getpid(),
     }
-    try:
-        stored = open_stored(folder)
-        blocks = truncate.blocks_to_keep(stored)
-    except QConvertError as error:
-        return Report(RELOAD, [Check("the folder can be read", False, str(error))])
+    blocks, why = _extent(stored, source)
     with tempfile.TemporaryDirectory(prefix="qconvert-reload-") as temporary:
         scratch = Path(temporary)
-        if blocks is not None:
-            try:
-                folder = truncate.cut(folder, scratch / "quantized", blocks)
-                source = source and truncate.cut(source, scratch / "source", blocks)
-            except ValueError as why:
-                return Report(RELOAD, [], skipped=f"too large for this machine's memory, and {why}")
-        request |= {"folder": str(folder), "source": source and str(source)}
+        try:
+            request["folder"] = _place(stored, scratch / "quantized", blocks, progress)
+            request["source"] = source and _place(source, scratch / "source", blocks, progress)
+        except ValueError as reason:
+            return Report(RELOAD, [], skipped=f"{why}, and {reason}")
         environment = _ENVIRONMENT.get(stored.container.name, {})
         report = _run(request, environment, scratch, timeout, progress)
     if blocks is not None and not report.skipped:
-        report.data["truncated"] = f"first {blocks} blocks: the whole model does not fit here"
+        report.data["truncated"] = f"first {blocks} blocks: {why}"
+        for figure in ("loaded_bytes", "peak_bytes"):
+            report.data.pop(figure, None)
     return report
+
+
+def _extent(stored: Stored, source: Checkpoint | None) -> tuple[int | None, str]:
+    """How many blocks are loaded, None for all of them, and why it is not all."""
+    afar = [c for c in (stored.checkpoint, source) if c is not None and c.remote]
+    if (blocks := truncate.blocks_to_keep(stored)) is not None:
+        return blocks, "the whole model is too large for this machine's memory"
+    fetched = sum(file.size for checkpoint in afar for file in checkpoint.files.values())
+    if fetched > WHOLE_BYTES:
+        return truncate.BLOCKS, f"{human_bytes(fetched)} were not fetched whole for this"
+    return None, ""
+
+
+def _place(
+    given: Stored | Checkpoint, target: Path, blocks: int | None, progress: Progress | None
+) -> str:
+    """The folder that the child loads: the checkpoint's own, or the part of it in `target`."""
+    checkpoint = given.checkpoint if isinstance(given, Stored) else given
+    if blocks is None and not checkpoint.remote:
+        return str(checkpoint.root)
+    return str(truncate.cut(given, target, blocks, progress))
 
 
 def _run(

@@ -60,6 +60,9 @@ class Validation:
 
     verdict: Verdict | None
     reports: tuple[Report, ...]
+    repository: str | None = None
+    """The Hub repository that was looked at, None for a folder, and its commit."""
+    commit: str | None = None
 
     @property
     def unproved(self) -> tuple[str, ...]:

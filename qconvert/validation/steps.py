@@ -18,6 +18,7 @@ from qconvert.stored import Stored, open_stored
 from qconvert.types import JSON, Check
 from qconvert.validation import judge, loaders, measure
 from qconvert.validation.measure import Text
+from qconvert.validation.occupied import Meter
 
 KERNEL_TOKENS = 128
 """Read by a loader whose kernel takes one token at a time, in one thread."""
@@ -72,6 +73,9 @@ class Reload:
             own = None
             stock = loaders.stock(stored, dtype, self.device)
         self.data["loader"] = stock.loader
+        meter = Meter(self.device)
+        self.data["device_name"] = meter.device_name
+        self.data["loaded_bytes"] = meter.loaded_bytes(stock.model)
         self.checks.append(judge.classes(stored, stock.model, structure))
         if not by_hqq and self.device == "cpu" and (refusal := loaders.cpu_refusal(stored)):
             self.checks.append(judge.keys(stock.complaints, frozenset()))
@@ -84,6 +88,8 @@ class Reload:
         if compared is not text:  # proved on a part, and ours is the loader's word for the whole
             theirs = ours
         quantized = self._continue(stock.model, text) if causal else None
+        if (peak := meter.peak_bytes()) is not None:
+            self.data["peak_bytes"] = peak
         complaints = stock.complaints
         del ours, by_ours, own, stock
 

@@ -3,7 +3,7 @@
 Every decoder block is built alike, so two of them tell nearly as much about names, shapes, packing
 and kernels as eighty; what is lost is the whole model's perplexity. The cut is a folder of its
 own: config.json with fewer layers, and one safetensors file with the tensors that are left, copied
-byte for byte.
+byte for byte. Of a model on the Hub the same is cut by ranges, however large it is.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from qconvert import modelconfig, shards, sidefiles, tensors
 from qconvert.errors import printable
-from qconvert.safepath import open_regular, read_bytes, regular_file
+from qconvert.safepath import regular_file
+from qconvert.source import Reader, SourceReader
 from qconvert.stored import Stored
-from qconvert.types import JSON, TensorInfo, TensorSpec
+from qconvert.types import ITEMSIZE, JSON, Checkpoint, TensorInfo, TensorSpec
+from qconvert.validation.reports import Progress
 
 BLOCKS = 2
 
@@ -30,6 +34,7 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _RUNTIME_BYTES = 1_500_000_000
 """torch, transformers, kernels and activations."""
 _COPY_CHUNK = 1 << 24
+_CONNECTIONS = 8
 
 
 def blocks_to_keep(stored: Stored) -> int | None:
@@ -58,28 +63,40 @@ def available_bytes() -> int:
     return free
 
 
-def cut(folder: Path, target: Path, blocks: int) -> Path:
-    """Writes the first `blocks` blocks of a checkpoint to the new folder `target`.
+def cut(
+    stored: Stored | Checkpoint, target: Path, blocks: int | None, progress: Progress | None = None
+) -> Path:
+    """Writes the first `blocks` blocks of a checkpoint, or all of it, to the new folder `target`.
 
-    Raises ValueError when it is not clear which tensors those are.
+    Raises ValueError when it is not clear which tensors those are, and SourceErrors and HubErrors
+    of one that is on the Hub, of which no other weight is read.
     """
+    checkpoint = stored.checkpoint if isinstance(stored, Stored) else stored
+    kept, config = list(checkpoint.tensors.values()), checkpoint.config
+    if blocks is not None:
+        stack, depth = _decoder(config, checkpoint.tensors)
+        kept = [info for info in kept if _index(info.name, stack) < blocks]
+        config = _shorten(config, depth, blocks)
     target.mkdir()
-    config = modelconfig.parse(read_bytes(folder, modelconfig.FILE, modelconfig.MAX_BYTES))
-    infos = _headers(folder)
-    stack, depth = _decoder(config, infos)
-    kept = [info for info in infos.values() if _index(info.name, stack) < blocks]
-    text = json.dumps(_shorten(config, depth, blocks))
-    (target / modelconfig.FILE).write_text(text, "utf-8")
-    for name in sidefiles.find(folder):
-        if "/" not in name:
-            shutil.copyfile(regular_file(folder, name), target / name)
-    _write(folder, target / shards.WEIGHTS, kept)
+    (target / modelconfig.FILE).write_text(json.dumps(config), "utf-8")
+    for name, path in _side_files(checkpoint):
+        shutil.copyfile(path, target / name)
+    with stored.reader() if isinstance(stored, Stored) else SourceReader(checkpoint) as reader:
+        threads = _CONNECTIONS if checkpoint.remote else 1
+        _write(reader, target / shards.WEIGHTS, kept, threads, progress or _silent)
     return target
 
 
-def _headers(folder: Path) -> Mapping[str, TensorInfo]:
-    names = sorted(entry.name for entry in folder.iterdir())
-    return shards.read_weights(folder.resolve(), names, [])[1]
+def _side_files(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
+    """Tokenizer and the like, in the folder itself, fetched if they are not here."""
+    found = checkpoint.side_files if checkpoint.remote else sidefiles.find(checkpoint.root)
+    names = [name for name in found if "/" not in name]
+    root = checkpoint.root
+    if checkpoint.repository and any(not (root / name).exists() for name in names):
+        from qconvert.hub import snapshot
+
+        root = snapshot.small_files(checkpoint.repository, names)
+    return ((name, regular_file(root, name)) for name in names)
 
 
 def _decoder(config: JSON, infos: Iterable[str]) -> tuple[str, int]:
@@ -116,23 +133,41 @@ def _shorten(config: JSON, depth: int, blocks: int) -> JSON:
     return {key: shorter(key, value) for key, value in config.items()}
 
 
-def _write(folder: Path, path: Path, kept: list[TensorInfo]) -> None:
+def _write(
+    reader: Reader, path: Path, kept: Sequence[TensorInfo], threads: int, progress: Progress
+) -> None:
     specs = [TensorSpec(info.name, info.dtype, info.shape) for info in kept]
     header, offsets = tensors.build_header(specs, {"format": "pt"})
-    by_name = {info.name: info for info in kept}
+    total = sum(info.nbytes for info in kept)
+    done, lock = 0, Lock()
+
+    def copy(info: TensorInfo, start: int, stop: int) -> None:
+        nonlocal done
+        itemsize = ITEMSIZE[info.dtype]
+        data = memoryview(bytearray((stop - start) * itemsize))
+        reader.read(info, start, stop, data)
+        tensors.write_exactly(out.fileno(), data, offsets[info.name] + start * itemsize)
+        with lock:
+            done += len(data)
+            so_far = done
+        progress(so_far, total, f"reload: copying {info.name}")
+
+    pool = ThreadPoolExecutor(threads, "cut")
     with path.open("wb") as out:
         out.write(header)
-        for name in offsets:  # in file order
-            for chunk in _bytes(folder, by_name[name]):
-                out.write(chunk)
+        out.flush()
+        try:
+            for copied in [pool.submit(copy, *piece) for info in kept for piece in _pieces(info)]:
+                copied.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _bytes(folder: Path, info: TensorInfo) -> Iterator[bytes]:
-    fd = open_regular(regular_file(folder, info.file), info.file)
-    try:
-        for start in range(info.start, info.end, _COPY_CHUNK):
-            buffer = bytearray(min(_COPY_CHUNK, info.end - start))
-            tensors.read_exactly(fd, memoryview(buffer), start, info.file)
-            yield bytes(buffer)
-    finally:
-        os.close(fd)
+def _pieces(info: TensorInfo) -> Iterator[tuple[TensorInfo, int, int]]:
+    step = _COPY_CHUNK // ITEMSIZE[info.dtype]
+    for start in range(0, info.numel, step):
+        yield info, start, min(start + step, info.numel)
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    """Nobody asked."""

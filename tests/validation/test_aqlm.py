@@ -17,11 +17,11 @@ from qconvert.types import Report, Verdict
 from qconvert.validation import truncate, validate_folder
 from qconvert.validation.comparison import compare
 from qconvert.validation.numeric import check_numeric
-from qconvert.validation.reload import check_reload
 from tests.aqlm_cases import plan_aqlm, write_aqlm
 from tests.models import tiny
 from tests.validation import faults
 from tests.validation.faults import LAYER, TWIN
+from tests.validation.test_reload import reload
 
 Folders = Callable[[str], Path]
 NAMES = [name for name in faults.METHODS if name.startswith("aqlm")]
@@ -243,7 +243,7 @@ def test_other_architectures_are_verified(kind: str, tmp_path: Path) -> None:
 def test_other_schemes_and_dtypes_are_verified(scheme: str, dtype: str, tmp_path: Path) -> None:
     source = tiny("llama", tmp_path / "source", dtype=dtype)
     write_aqlm(source, tmp_path / "out", {"scheme": scheme})
-    report = check_reload(tmp_path / "out", source, device="cpu")
+    report = reload(tmp_path / "out", source, device="cpu")
     assert failed(report) == {}
     assert "tokens_by_loader" not in report.data  # any number of tokens at once
 
@@ -257,7 +257,7 @@ def test_a_model_too_large_is_reloaded_in_part(
     source = three_blocks(tmp_path)
     write_aqlm(source, tmp_path / "out", skip=r"layers\.2")
     monkeypatch.setattr(truncate, "available_bytes", lambda: 0)
-    report = check_reload(tmp_path / "out", source, device="cpu")
+    report = reload(tmp_path / "out", source, device="cpu")
     assert failed(report) == {}
     assert report.data["truncated"].startswith("first 2 blocks")
 
@@ -268,6 +268,6 @@ def test_what_the_list_forgets_is_noise_to_the_loader(broken: Folders, source: P
     folder = faults.configure(
         broken("aqlm2"), lambda c: c["quantization_config"].update({LISTED: ["lm_head.weight"]})
     )
-    report = check_reload(folder, source, device="cpu")
+    report = reload(folder, source, device="cpu")
     assert not report.passed
     assert not report.skipped

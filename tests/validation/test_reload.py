@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 
+from qconvert import devices
 from qconvert.errors import ReloadFailed
+from qconvert.source import open_checkpoint
+from qconvert.stored import open_stored
 from qconvert.types import Report, Verdict
 from qconvert.validation import require, truncate, validate_folder
 from qconvert.validation.reload import check_reload
@@ -26,6 +29,11 @@ Folders = Callable[[str], Path]
 
 STOCK = {"int8": "from_pretrained", "nf4": "from_pretrained", "hqq4": "HQQLinear"}
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="namespaces and /proc are Linux's")
+
+
+def reload(folder: Path, source: Path | None = None, **options: Any) -> Report:
+    made_from = open_checkpoint(str(source)) if source else None
+    return check_reload(open_stored(folder), made_from, **options)
 
 
 def failed(report: Report) -> dict[str, str]:
@@ -41,6 +49,8 @@ def check_figures(report: Report) -> None:
     assert data["perplexity"] == pytest.approx(data["source_perplexity"], rel=0.1)
     assert data["samples"].keys() == {"prompt", "source", "quantized"}
     assert all(len(sample.split()) > 5 for sample in data["samples"].values())
+    assert data["device_name"] == devices.model_name("cpu")
+    assert "peak_bytes" not in data  # a CPU keeps no count
 
 
 def test_three_levels_make_verified(results: Folders, source: Path) -> None:
@@ -52,6 +62,8 @@ def test_three_levels_make_verified(results: Folders, source: Path) -> None:
     assert found.verdict is Verdict.VERIFIED
     require(found.reports)
     check_figures(found.reports[2])
+    stored = sum(info.nbytes for info in open_stored(results("nf4")).tensors.values())
+    assert found.reports[2].data["loaded_bytes"] == pytest.approx(stored, rel=0.05)
     assert "from_pretrained" in found.reports[2].data["loader"]
     assert "reload: stock loader" in steps
 
@@ -87,7 +99,7 @@ def test_other_architectures_are_verified(name: str, kind: str, tmp_path: Path) 
 def test_other_dtypes_are_verified(name: str, dtype: str, tmp_path: Path) -> None:
     source = tiny("llama", tmp_path / "source", dtype=dtype)
     folder = faults.quantize(source, name, tmp_path / "out")
-    report = check_reload(folder, source, device="cpu")
+    report = reload(folder, source, device="cpu")
     assert report.skipped == ""
     assert failed(report) == {}
 
@@ -98,7 +110,7 @@ def test_a_source_that_asks_for_code_is_loaded_without_it(tmp_path: Path) -> Non
     wishes = {"attn_implementation": "evil/kernels", "auto_map": {"AutoConfig": "evil.Config"}}
     faults.configure(source, lambda config: config.update(wishes))
     folder = faults.quantize(source, "hqq4", tmp_path / "out")
-    assert failed(check_reload(folder, source, device="cpu")) == {}
+    assert failed(reload(folder, source, device="cpu")) == {}
 
 
 @pytest.mark.slow
@@ -132,7 +144,7 @@ def test_a_missing_tensor_is_not_made_up(broken: Folders, source: Path) -> None:
     """transformers would initialise it at random, with a warning."""
     folder = broken("hqq4")
     faults.reseal(faults.rewrite(folder, lambda tensors: tensors.pop("model.norm.weight")))
-    report = check_reload(folder, source, device="cpu")
+    report = reload(folder, source, device="cpu")
     assert "model.norm.weight" in failed(report)["loading info is empty"]
     with pytest.raises(ReloadFailed, match="missing_keys"):
         require([report])
@@ -144,7 +156,7 @@ def test_a_layer_of_the_wrong_class(name: str, broken: Folders, source: Path) ->
     def list_it(config: dict[str, Any]) -> None:
         config["quantization_config"]["llm_int8_skip_modules"].append(LAYER)
 
-    report = check_reload(faults.configure(broken(name), list_it), source, device="cpu")
+    report = reload(faults.configure(broken(name), list_it), source, device="cpu")
     assert not report.passed
     assert LAYER in "".join(failed(report).values()) or "stock loader" in failed(report)
 
@@ -153,7 +165,7 @@ def test_a_layer_of_the_wrong_class(name: str, broken: Folders, source: Path) ->
 def test_unused_tensors(broken: Folders, source: Path) -> None:
     extra = {"model.layers.7.mlp.up_proj.bias": ("BF16", (2,), bytes(4))}
     folder = faults.rewrite(broken("hqq4"), lambda tensors: tensors.update(extra))
-    report = check_reload(folder, source, device="cpu")
+    report = reload(folder, source, device="cpu")
     assert "model.layers.7.mlp.up_proj.bias" in "".join(failed(report).values())
 
 
@@ -165,7 +177,7 @@ def test_a_type_name_that_is_code(broken: Folders, source: Path) -> None:
         values[:] = list(b"os.getpid()")
 
     folder = faults.edit(broken("hqq4"), f"{LAYER}.unpack_view_dtype", smuggle)
-    report = check_reload(folder, source, device="cpu")
+    report = reload(folder, source, device="cpu")
     assert "expected torch.<type>, got os.getpid()" in "".join(failed(report).values())
 
 
@@ -188,7 +200,9 @@ def test_a_cut_keeps_the_first_blocks_byte_for_byte(tmp_path: Path) -> None:
     whole: dict[str, Any] = {}
     for shard in source.glob("*.safetensors"):
         whole |= load_file(shard)
-    cut = load_file(truncate.cut(source, tmp_path / "cut", 2) / "model.safetensors")
+    cut = load_file(
+        truncate.cut(open_checkpoint(str(source)), tmp_path / "cut", 2) / "model.safetensors"
+    )
     assert cut.keys() == {name for name in whole if ".layers.2." not in name}
     assert all(cut[name].equal(whole[name]) for name in cut)
     assert '"num_hidden_layers": 2' in (tmp_path / "cut" / "config.json").read_text()
@@ -202,10 +216,11 @@ def test_a_model_too_large_is_reloaded_in_part(
     source = three_blocks(tmp_path)
     folder = faults.quantize(source, name, tmp_path / "out")
     monkeypatch.setattr(truncate, "available_bytes", lambda: 0)
-    report = check_reload(folder, source, device="cpu")
+    report = reload(folder, source, device="cpu")
     assert failed(report) == {}
     assert report.passed
     assert report.data["truncated"].startswith("first 2 blocks")
+    assert "loaded_bytes" not in report.data
 
 
 def test_a_model_that_cannot_be_cut_is_skipped(
@@ -215,15 +230,17 @@ def test_a_model_that_cannot_be_cut_is_skipped(
     folder = faults.quantize(source, "int8", tmp_path / "out")
     monkeypatch.setattr(truncate, "available_bytes", lambda: 0)
     monkeypatch.setattr(truncate, "_DEPTHS", ("no_such_key",))
-    report = check_reload(folder, source, device="cpu")
-    assert report.skipped.startswith("too large for this machine's memory")
+    report = reload(folder, source, device="cpu")
+    assert report.skipped.startswith(
+        "the whole model is too large for this machine's memory, and no stack of"
+    )
 
 
 # ── the child ────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_child_that_hangs_is_a_finding(results: Folders) -> None:
-    report = check_reload(results("nf4"), device="cpu", timeout=0.3)
+    report = reload(results("nf4"), device="cpu", timeout=0.3)
     assert "no answer after 0 s" in failed(report)["the reload process ends well"]
 
 
@@ -234,7 +251,7 @@ def test_a_child_that_is_killed_is_a_finding(results: Folders) -> None:
 
     killer = threading.Timer(1.0, kill)
     killer.start()
-    report = check_reload(results("nf4"), device="cpu")
+    report = reload(results("nf4"), device="cpu")
     killer.join()
     assert "killed: out of memory?" in failed(report)["the reload process ends well"]
 
@@ -243,8 +260,8 @@ def test_a_child_that_is_killed_is_a_finding(results: Folders) -> None:
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
 def test_the_child_does_not_outlive_its_parent(by: signal.Signals, results: Folders) -> None:
     code = (
-        "from pathlib import Path\nfrom qconvert.validation.reload import check_reload\n"
-        f"check_reload(Path({str(results('nf4'))!r}), device='cpu')"
+        "from tests.validation.test_reload import reload\nfrom pathlib import Path\n"
+        f"reload(Path({str(results('nf4'))!r}), device='cpu')"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     child = next(children(parent.pid, "qconvert.validation.child"))
