@@ -28,9 +28,11 @@ MAX_PROMPT = 2000
 _MAX_CARD = 1_000_000
 """Bytes that are read; the front matter stands in the first of them."""
 _MAX_ITEMS = 100
+_MAX_FORM = 10_000
+"""Characters of the form by which access is asked for; a longer one is left out."""
 
 _LANGUAGE = re.compile(r"[A-Za-z]{2,12}(-[A-Za-z0-9]{1,8}){0,3}")
-_TASK = re.compile(r"[a-z0-9]+(-[a-z0-9]+){0,7}")
+_TASK = re.compile(r"[a-z0-9]{1,32}(-[a-z0-9]{1,32}){0,7}")
 _FIELD_TYPE = re.compile(r"[a-z][a-z_]{0,31}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _URL = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[A-Za-z0-9._~:/?#@!$&*+,;=%-]*)?")
@@ -118,23 +120,30 @@ def _one_or_more(value: Any, each: Callable[[Any], str]) -> str | list[str]:
     return each(value)
 
 
-def _fields(value: Any) -> JSON:
-    """Name → type, or {type, options}, of the form by which access is asked for."""
+def _fields(value: Any) -> list[list[Any]]:
+    """[name, type or {type, options}] for each field of the form by which access is asked for.
+
+    Pairs, since the order counts and the keys of a manifest are sorted; taken from a mapping, as a
+    card has it, or from such pairs.
+    """
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    fields: dict[str, Any] = {}
+    for pair in pairs[:_MAX_ITEMS] if isinstance(pairs, list) else []:
+        if isinstance(pair, list | tuple) and len(pair) == 2:
+            label, kind = text(pair[0]), _kind_of_field(pair[1])
+            if label and kind:
+                fields[label] = kind
+    found = [list(pair) for pair in fields.items()]
+    return found if len(str(found)) <= _MAX_FORM else []
+
+
+def _kind_of_field(value: Any) -> str | JSON:
     if not isinstance(value, dict):
-        return {}
-    fields: JSON = {}
-    for name, kind in list(value.items())[:_MAX_ITEMS]:
-        label, choice = text(name), kind
-        if isinstance(kind, dict):
-            choice = {"type": _like(_FIELD_TYPE, kind.get("type"))}
-            if options := _options(kind.get("options")):
-                choice["options"] = options
-            choice = choice if choice["type"] else ""
-        else:
-            choice = _like(_FIELD_TYPE, kind)
-        if label and choice:
-            fields[label] = choice
-    return fields
+        return _like(_FIELD_TYPE, value)
+    kind: JSON = {"type": _like(_FIELD_TYPE, value.get("type"))}
+    if options := _options(value.get("options")):
+        kind["options"] = options
+    return kind if kind["type"] else ""
 
 
 def _options(value: Any) -> list[Any]:

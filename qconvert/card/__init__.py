@@ -12,7 +12,8 @@ interpreted by anybody (`markdown.py`, `upstream.py`), and there is no template 
 could be talked to.
 """
 
-from qconvert.card.lint import Finding, lint
+from qconvert.card.findings import Finding
+from qconvert.card.lint import lint
 from qconvert.card.page import NAME, render
 
 __all__ = ["NAME", "Finding", "lint", "render"]

@@ -154,7 +154,7 @@ def calibration(facts: Facts) -> str:
         if (number := as_number(found.get(key))) is not None
     )
     facts_of_run = [
-        f"scheme {code(figures.get('scheme'))}",
+        f"Scheme {code(figures.get('scheme'))}",
         f"{amount or 'samples'} from {code(text.get('name'))}{revision} "
         f"(sha256 of the token ids: {code(text.get('sha256'))})",
         f"seed {code(found.get('seed'))}",

@@ -3,6 +3,7 @@
 A manifest may be an older one, one that is not finished yet, or one that a stranger wrote; the
 card is rendered from it all the same, and says what is known. So every value is asked for by its
 path and its type, and a value that is missing or of another type is the same thing: not known.
+Keys are sorted first, as they are in the file, so that it is the same card before and after.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from qconvert import upstream
 from qconvert.types import JSON
 
+MAX_DEPTH = 32
 LEVELS = ("contract", "numeric", "reload")
 _REPO_ID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?")
 _WORD = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -25,7 +27,7 @@ class Facts:
     """Typed access to a manifest."""
 
     def __init__(self, manifest: Any) -> None:
-        self._manifest = manifest
+        self._manifest = _in_order(manifest)
 
     # ── by path ──────────────────────────────────────────────────────────────────────────────
 
@@ -183,6 +185,16 @@ def as_repo_id(value: Any) -> str | None:
     if not 1 <= len(parts) <= 2 or not all(map(_REPO_ID.fullmatch, parts)):
         return None
     return None if ".." in value or "--" in value else str(value)
+
+
+def _in_order(value: Any, depth: int = 0) -> Any:
+    """The value with the keys of all mappings sorted; nothing below MAX_DEPTH of them."""
+    if depth > MAX_DEPTH:
+        return None
+    if isinstance(value, dict):
+        keys = sorted(key for key in value if isinstance(key, str))
+        return {key: _in_order(value[key], depth + 1) for key in keys}
+    return [_in_order(item, depth + 1) for item in value] if isinstance(value, list) else value
 
 
 def _is_sha256(value: Any) -> bool:

@@ -26,6 +26,8 @@ def front_matter(facts: Facts) -> JSON:
     data |= licences.stated(stated, source_id=facts.source_id, commit=facts.commit, files=files)
     data |= {key: value for key, value in stated.items() if key == "language"}
     data |= {key: value for key, value in stated.items() if key.startswith("extra_gated_")}
+    if "extra_gated_fields" in data:
+        data["extra_gated_fields"] = dict(data["extra_gated_fields"])
     prompt = data.get("extra_gated_prompt", "")
     if prompt.endswith("…") and facts.source_id:
         data["extra_gated_prompt"] = prompt + _FULL_PROMPT + facts.source_id

@@ -14,7 +14,7 @@ from qconvert.card.front import dump, front_matter
 from qconvert.card.markdown import code, hub_link, name, table
 from qconvert.errors import UsageError
 from qconvert.text import human_bytes
-from qconvert.types import JSON, TORCH_NAMES
+from qconvert.types import JSON, TORCH_NAMES, Kind
 
 NAME = "README.md"
 _MOST_ROWS = 20
@@ -176,5 +176,5 @@ def _precision(facts: Facts) -> str:
 
 
 def _reason(reason: str) -> str:
-    """Our own words as they are, others quoted."""
-    return reason if reason.replace(" ", "").isalpha() and reason.isascii() else code(reason)
+    """The usual ones as they are, others quoted."""
+    return reason if reason in set(Kind) else code(reason)

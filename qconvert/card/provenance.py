@@ -37,7 +37,7 @@ def provenance(facts: Facts) -> str:
     """Source, licence, versions, command, and the hash of every weight file."""
     parts = [f"## Provenance\n\n{_origin(facts)}"]
     if command := as_text(facts.any("command")):
-        parts.append(f"Made by\n\n{block(command, 'bash')}")
+        parts.append(f"Made by:\n\n{block(command, 'bash')}")
     sources, results = facts.source_sha256, facts.weights_sha256
     if sources or results:
         rows = [*_rows("source", sources), *_rows("here", results)]
@@ -56,6 +56,8 @@ def _origin(facts: Facts) -> str:
     else:
         source = f"a local folder, {name(facts.source_name)}"
     lines = [f"- source: {source}"]
+    if facts.any("source", "gated") is True:
+        lines.append("- the source is gated: who uses this is asked to accept its terms there")
     if stated := facts.stated:
         words = stated.get("license", stated.get("license_name", ""))
         words = ", ".join(words) if isinstance(words, list) else words
