@@ -96,9 +96,9 @@ def convert(
 ) -> Result:
     """Converts a checkpoint and proves the result; see `conversion.convert`.
 
-    The same call resumes an interrupted one. `stream` reads a Hub repository as it arrives and keeps
-    none of it; `push` publishes the result, and with `stream` and no `output` shard by shard, so
-    that nothing of it stays here. `progress` is called with (done, in all, what) from
+    The same call resumes an interrupted one. `stream` reads a Hub repository as it arrives and
+    keeps none of it; `push` publishes the result, and with `stream` and no `output` shard by
+    shard, so that nothing of it stays here. `progress` is called with (done, in all, what) from
     any thread, `on_event` with what calibration tells (see `calibration.report`).
     """
     request = Request(

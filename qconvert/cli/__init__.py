@@ -18,7 +18,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qconvert import errors
-from qconvert.cli import convert_verbs, hints, read_verbs
+from qconvert.cli import card_verb, convert_verbs, hints, hub_verbs, read_verbs
 from qconvert.version import __version__
 
 # numpy starts a pool of BLAS threads when it is imported, 60 ms of a short verb's time, and
@@ -36,6 +36,8 @@ app = typer.Typer(
 )
 convert_verbs.register(app)
 read_verbs.register(app)
+card_verb.register(app)
+hub_verbs.register(app)
 
 _PATIENCE = 4.0
 """Seconds a signal leaves for an orderly end: nothing but an open tile is lost without it."""

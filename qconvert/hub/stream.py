@@ -160,7 +160,9 @@ class StreamReader:
             done += len(piece)
 
     def check(self, file: str) -> None:
-        state = self._files[file]
+        state = self._files.get(file)
+        if state is None:  # not fetched, since an earlier run has verified it
+            return
         with self._changed:
             while not state.ended:
                 self._go_on()
