@@ -270,7 +270,7 @@ def container_of(config: JSON) -> Container:
     if found is None:
         raise UsageError(
             f"the model is not quantized: no quantization_config in {modelconfig.FILE}",
-            hint="name a folder or repository that holds a quantized model",
+            hint="name a folder that qconvert wrote, or such a repository",
         )
     method = found.get("quant_method") if isinstance(found, dict) else None
     for info in registry.METHODS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,17 +9,31 @@ import typer
 from qconvert import contract, registry
 from qconvert.cli import options as opt
 
-_Folder = Annotated[Path, typer.Argument(help="A folder.", metavar="PATH", show_default=False)]
+_Target = Annotated[
+    str,
+    typer.Argument(
+        help="A folder, or a Hub id (org/name, org/name@revision).",
+        metavar="PATH",
+        show_default=False,
+    ),
+]
+_Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of PATH.", metavar="REF", show_default="main"),
+]
 _Against = Annotated[
-    str | None, typer.Option(help="The source: a folder, a Hub id, or 'demo'.", metavar="SOURCE")
+    str | None,
+    typer.Option(
+        help="The source: a folder, a Hub id (org/name@revision), or 'demo'.", metavar="SOURCE"
+    ),
 ]
 _Level = Annotated[
     list[str] | None,
     typer.Option(
         "--level",
-        help="contract, numeric or reload; repeatable.",
+        help="contract, numeric, reload or all; repeatable.",
         metavar="NAME",
-        show_default="all",
+        show_default="all; contract and numeric for a Hub id",
     ),
 ]
 
@@ -29,24 +42,29 @@ def register(app: typer.Typer) -> None:
     """Adds the verbs to the application."""
     for verb in (inspect, validate, formats, doctor):
         app.command(verb.__name__, rich_help_panel="Look")(verb)
+    app.command("verify", hidden=True)(validate)
 
 
-def inspect(path: _Folder, json: opt.Json = False) -> None:
-    """Show what a folder holds: bits and bytes of each module, source, versions."""
+def inspect(path: _Target, revision: _Revision = None, json: opt.Json = False) -> None:
+    """Show what a folder or repository holds: bits and bytes of each module, source, versions."""
     from qconvert.cli import show_folder
 
-    show_folder.show(path, json=json)
+    show_folder.show(path, revision, json=json)
 
 
 def validate(
-    path: _Folder,
+    path: _Target,
     against: _Against = None,
     level: _Level = None,
+    revision: _Revision = None,
     device: opt.Device = "auto",
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Prove a quantized folder: contract, numeric, reload. Exits 6 if it fails."""
+    """Prove a quantized folder or repository: contract, numeric, reload. Exits 6 if it fails.
+
+    A repository is read by ranges: its headers, and with --against its weights and the source's.
+    """
     from qconvert import validation as proving
     from qconvert.cli import show
     from qconvert.cli.progress import progress_bar
@@ -54,7 +72,12 @@ def validate(
     screen = show.Screen(json=json, quiet=quiet)
     with progress_bar(enabled=screen.talks) as progress:
         found = proving.validate_folder(
-            path, against=against, levels=level or None, device=device, progress=progress
+            path,
+            against=against,
+            revision=revision,
+            levels=level or None,
+            device=device,
+            progress=progress,
         )
     screen.validation(found)
     proving.require(found.reports)

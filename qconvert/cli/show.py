@@ -200,8 +200,11 @@ class Screen:
         """The outcome of `qconvert validate`."""
         if self._json:
             reports = [asdict(report) for report in found.reports]
-            print_json({"verdict": found.verdict, "reports": reports})
+            where = {"repository": found.repository, "commit": found.commit}
+            print_json({**where, "verdict": found.verdict, "reports": reports})
         elif self.talks:
+            if found.repository:
+                self._out.print(escape(f"{found.repository} at {found.commit}"), soft_wrap=True)
             self.reports(found.reports, found.verdict)
 
     def _figures(self, figures: Figures) -> None:

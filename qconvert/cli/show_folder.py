@@ -1,25 +1,24 @@
-"""`qconvert inspect`: what a folder holds, module by module."""
+"""`qconvert inspect`: what a folder or a Hub repository holds, module by module."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
 from qconvert.cli.show import console, print_json, table
 from qconvert.errors import printable
-from qconvert.stored import Stored, open_stored
+from qconvert.stored import Stored, open_target
 from qconvert.text import human_bytes
 from qconvert.types import JSON
 
 FULL = "full precision"
 
 
-def show(path: Path, *, json: bool) -> None:
-    data = describe(open_stored(path))
+def show(path: str, revision: str | None = None, *, json: bool) -> None:
+    data = describe(open_target(path, revision))
     if json:
         print_json(data)
         return
@@ -27,7 +26,9 @@ def show(path: Path, *, json: bool) -> None:
     shared = _shared_options(data["modules"].values())
     head = table("", "")
     head.show_header = False
-    for label in ("folder", "format", "source", "verdict", "made with"):
+    for label in ("repository", "commit") if data["repository"] else ("folder",):
+        head.add_row(label, escape(printable(data[label])))
+    for label in ("format", "source", "verdict", "made with"):
         head.add_row(label, escape(printable(data[label] or "unknown: no manifest")))
     method = ", ".join(sorted({module["method"] for module in _quantized(data["modules"])}))
     head.add_row("method", escape(printable(" ".join([method, *_words(shared)]))))
@@ -43,7 +44,7 @@ def show(path: Path, *, json: bool) -> None:
 
 
 def describe(stored: Stored) -> JSON:
-    """Everything that headers, config and manifest say about a quantized folder."""
+    """Everything that headers, config and manifest say about a quantized checkpoint."""
     modules: JSON = {}
     for name, (layer, method) in stored.layers.items():
         size = sum(spec.nbytes for spec in stored.specs(name))
@@ -55,8 +56,11 @@ def describe(stored: Stored) -> JSON:
     manifest = stored.manifest or {}
     source = manifest.get("source", {})
     versions = manifest.get("versions", {})
+    repository = stored.checkpoint.repository
     return {
-        "folder": str(stored.root),
+        "folder": None if stored.checkpoint.remote else str(stored.root),
+        "repository": repository.id if repository else None,
+        "commit": repository.commit if repository else None,
         "format": stored.container.name,
         "source": source.get("repo_id") or source.get("name"),
         "revision": source.get("revision"),
