@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from qconvert.cli import options as opt
 from qconvert.errors import printable
@@ -72,6 +71,8 @@ def push(
 
 
 def _print(outcome: Pushed) -> None:
+    from rich.markup import escape
+
     from qconvert.cli import show
     from qconvert.text import human_bytes
 

@@ -126,7 +126,7 @@ class BranchSink:
                 )
         document = json.loads(files[MANIFEST_NAME].read_bytes())
         done = publish(
-            target.create(self.to),
+            self.to,
             local,
             document,
             elsewhere=Elsewhere(self.head, self._contents),

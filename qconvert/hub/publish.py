@@ -19,7 +19,7 @@ from qconvert.hub import client
 from qconvert.hub.commit import Commit, Outcome, commit, pull_with, tree_of
 from qconvert.hub.content import Content, LocalFile, Progress, missing
 from qconvert.hub.stale import stale
-from qconvert.hub.target import MAIN, Target
+from qconvert.hub.target import MAIN, Target, create
 from qconvert.hub.upload import Meter, additions, upload
 from qconvert.types import JSON
 from qconvert.version import __version__
@@ -67,13 +67,17 @@ def publish(
     elsewhere: Elsewhere | None = None,
     progress: Progress | None = None,
 ) -> Pushed:
-    """Makes `to.branch`, at `to.head`, hold `files` and what lies `elsewhere`.
+    """Makes the branch of `to` hold `files` and what lies `elsewhere`; `to` is made if need be.
 
     `document` is the manifest, for the words of the commit. Raises ContractViolation for a card
     that the Hub refuses or a file that changes meanwhile, RevisionMoved, PushIncomplete, and the
     errors of `client.call`.
     """
     elsewhere = elsewhere or Elsewhere()
+    card = files.get(CARD_NAME)
+    if card is not None and not to.exists:  # no repository is made for a card that is refused
+        validate_card(to.repo_id, card.path.read_bytes())
+    known, to = to.exists, create(to)
     tree = tree_of(to.repo_id, to.head) if to.head else {}
     wanted = {name: file.content for name, file in files.items()} | dict(elsewhere.contents)
     outcome = Outcome(wanted, stale(tree, wanted))
@@ -82,8 +86,8 @@ def publish(
         return pushed(to, Commit(to.head))
     if to.create_pr and (open_already := pull_with(to.repo_id, outcome)):
         return pushed(to, open_already)
-    if CARD_NAME in changed:
-        validate_card(to.repo_id, files[CARD_NAME].path.read_bytes())
+    if card is not None and known and CARD_NAME in changed:
+        validate_card(to.repo_id, card.path.read_bytes())
     new = {name: files[name] for name in changed if name in files}
     meter = Meter({name: file.content.size for name, file in new.items()}, progress)
     added = additions(new, meter)

@@ -61,8 +61,8 @@ def push_folder(
     """Makes `to` hold what the folder holds; the repository is made if it is not there."""
     document = gate(folder, unverified=unverified)
     files = _hashed(folder, document, progress)
-    pushed = publish(target.create(to), files, document, progress=progress)
-    left = sorted(set(_names(folder)) - set(files) - {manifest.RUN_LOG_NAME})
+    pushed = publish(to, files, document, progress=progress)
+    left = sorted(set(_names(folder)) - set(files))
     if not left:
         return pushed
     note = f"not in the manifest, so not pushed: {', '.join(map(printable, left[:10]))}"
@@ -92,13 +92,9 @@ def gate(folder: Path, *, unverified: bool) -> JSON | None:
                 hint=f"write {folder / CARD_NAME}",
             )
         return None
-    try:
-        verdict = document["validation"]["verdict"]
-        sound = isinstance(document["files"], dict) and isinstance(document["method"], dict)
-    except (KeyError, TypeError):
-        sound = False
-    if not sound:
+    if not _is_ours(document):
         raise ContractViolation("not a manifest of qconvert", file=folder / MANIFEST_NAME)
+    verdict = document["validation"].get("verdict")
     if verdict not in _PROVED and not unverified:
         word = "was not validated" if verdict is None else f"is {printable(verdict)}"
         raise UsageError(
@@ -106,6 +102,19 @@ def gate(folder: Path, *, unverified: bool) -> JSON | None:
             hint="--push-unverified",
         )
     return document
+
+
+def _is_ours(document: object) -> bool:
+    """Whether a manifest has what a push reads of it."""
+    match document:
+        case {
+            "files": dict(files),
+            "validation": dict(),
+            "source": {"name": str()},
+            "method": {"verb": str(), "bits": _},
+        }:
+            return all(isinstance(sha256, str) for sha256 in files.values())
+    return False
 
 
 def source_of(document: JSON | None) -> Repository | None:
@@ -154,5 +163,5 @@ def _names(folder: Path) -> Iterator[str]:
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
         for file in sorted(files):
-            if not file.startswith(".") and not file.endswith(".part"):
+            if not file.startswith(".") and file != manifest.RUN_LOG_NAME:
                 yield (Path(root) / file).relative_to(folder).as_posix()

@@ -21,7 +21,7 @@ from qconvert.errors import HubError
 from qconvert.hub import client
 from qconvert.hub.content import LocalFile, Progress
 
-_RETRIES = 2
+_RETRIES = 1
 """Of a whole round of uploads. Each request in it has been tried six times by the library, and
 what has arrived is not sent again."""
 

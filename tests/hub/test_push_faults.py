@@ -1,0 +1,216 @@
+"""Pushes through a bad network: each ends done once, or with a word on how to go on."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub.pushing import SHARDS, TOKEN, Desk, contents, pushed_names, result
+from tests.hub.server import Hub
+from tests.hub.storage import Blob, Entry
+from tests.hub.wire import Answer, Exchange
+
+REPO = "alice/out"
+STEPS = (
+    "GET /api/whoami-v2", "GET /api/models/alice/out$", "POST /api/repos/create",
+    "GET /api/models/alice/out/auth-check/write", "GET /api/models/alice/out/tree/",
+    "POST /api/validate-yaml", "POST /api/models/alice/out/preupload",
+    "POST /alice/out.git/info/lfs/objects/batch", "PUT /upload/",
+    "POST /alice/out.git/info/lfs/objects/verify", "POST /api/models/alice/out/commit",
+)  # fmt: skip
+COMMIT = "POST /api/models/alice/out/commit"
+
+
+@pytest.fixture(scope="module")
+def desk_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    with Desk(tmp_path_factory.mktemp("desk")) as desk:
+        yield desk
+
+
+@pytest.fixture
+def desk(desk_of_module: Desk) -> Iterator[Desk]:
+    """The repository is new in each test."""
+    hub = desk_of_module.hub
+    yield desk_of_module
+    hub.repos.pop(("model", REPO), None)
+    hub.faults = type(hub.faults)()
+    hub.tokens[TOKEN].expired = False
+    hub.part_size = 512 << 20
+
+
+def complete(hub: Hub) -> None:
+    repo = hub.repo(REPO)
+    assert set(repo.tree()) == pushed_names()
+    for name, data in contents().items():
+        assert repo.read(name) == data
+    assert len(repo.commits) == 2
+
+
+@pytest.mark.parametrize("first", range(3))
+def test_every_step_fails_once(desk: Desk, tmp_path: Path, first: int) -> None:
+    folder = result(tmp_path / "out")
+    kinds = ("status:503", "429", "reset")
+    faults = [
+        desk.hub.fault(step, kinds[(first + n) % 3], seconds=0) for n, step in enumerate(STEPS)
+    ]
+    said = desk.push(folder, REPO)
+    assert "error" not in said, said
+    assert [f.match.pattern for f in faults if not f.seen] == []
+    complete(desk.hub)
+
+
+@pytest.mark.parametrize("step", [0, 2, 4, 6, 8, 10])
+def test_a_step_that_keeps_failing(desk: Desk, tmp_path: Path, step: int) -> None:
+    if STEPS[step].startswith("GET /api/models/alice/out"):
+        desk.hub.add_repo(REPO)
+    folder = result(tmp_path / "out")
+    fault = desk.hub.fault(STEPS[step], "status:503", times=1000)
+    said = desk.push(folder, REPO)
+    assert said["error"] == "Network", said
+    assert REPO in said["message"]
+    assert "the same command" in said["hint"]
+    assert 2 <= fault.seen < 60, "bounded"
+    assert len(desk.hub.repo(REPO).commits if ("model", REPO) in desk.hub.repos else [1]) == 1
+    fault.times = 0
+    desk.push(folder, REPO)
+    complete(desk.hub)
+
+
+def test_a_lost_answer_to_the_commit_is_not_a_second_commit(desk: Desk, tmp_path: Path) -> None:
+    seen = len(desk.hub.requests(COMMIT))
+    desk.hub.fault(COMMIT, "drop-answer")
+    said = desk.push(result(tmp_path / "out"), REPO)
+    assert said["commit"] == desk.hub.repo(REPO).at().oid, said
+    complete(desk.hub)
+    assert len(said["sent"]) == len(contents()) + 1
+    assert len(desk.hub.requests(COMMIT)) == seen + 1
+
+
+def test_a_lost_answer_to_a_pull_request(desk: Desk, tmp_path: Path) -> None:
+    repo = desk.hub.add_repo(REPO, {"notes.md": b""})
+    desk.hub.fault(COMMIT, "drop-answer")
+    said = desk.push(result(tmp_path / "out"), REPO, create_pr=True)
+    assert said["pull_request"] == f"{desk.hub.endpoint}/{REPO}/discussions/1", said
+    assert len(repo.pulls) == 1
+    desk.hub.fault(COMMIT, "status:500", times=100)
+    other = result(tmp_path / "two", contents(1))
+    seen = len(desk.hub.requests(COMMIT))
+    assert desk.push(other, REPO, create_pr=True)["error"] == "Network"
+    assert len(desk.hub.requests(COMMIT)) == seen + 1, "it may have been opened: not twice"
+
+
+@pytest.mark.parametrize("step", ["POST /api/validate-yaml", COMMIT, "POST .*/preupload"])
+def test_a_page_in_place_of_an_answer(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A proxy's 502 is HTML; huggingface_hub takes some answers for JSON before it looks."""
+    asked: list[str] = []
+    real = desk.hub.answer
+
+    def answer(exchange: Exchange, path: str) -> Answer:
+        if re.match(step, exchange.request.line):
+            asked.append(path)
+            if len(asked) in (1, 2, 4):
+                return Answer(502, b"<html>Bad Gateway</html>", {"Content-Type": "text/html"})
+        return real(exchange, path)
+
+    monkeypatch.setattr(desk.hub, "answer", answer)
+    said = desk.push(result(tmp_path / "out"), REPO)
+    assert "error" not in said, said
+    assert len(asked) > 2
+    complete(desk.hub)
+
+
+@pytest.mark.parametrize("kind", ["cut", "reset"])
+@pytest.mark.parametrize("parts", [False, True])
+def test_an_upload_that_is_cut(desk: Desk, tmp_path: Path, kind: str, parts: bool) -> None:
+    if parts:
+        desk.hub.part_size = 50_000
+    fault = desk.hub.fault("PUT /upload/", kind, times=3)
+    said = desk.push(result(tmp_path / "out"), REPO)
+    assert ("error" in said, fault.seen) == (False, 3), said
+    complete(desk.hub)
+
+
+def test_an_upload_that_is_interrupted_is_not_sent_again(desk: Desk, tmp_path: Path) -> None:
+    folder = result(tmp_path / "out")
+    desk.hub.fault(COMMIT, "expire-token")
+    said = desk.push(folder, REPO)
+    assert (said["error"], said["hint"]) == ("NotLoggedIn", "hf auth login")
+    uploads = len(desk.hub.requests("^PUT /upload/"))
+    desk.hub.tokens[TOKEN].expired = False
+    desk.push(folder, REPO)
+    complete(desk.hub)
+    assert len(desk.hub.requests("^PUT /upload/")) == uploads
+
+
+def test_main_moves_meanwhile(desk: Desk, tmp_path: Path) -> None:
+    folder = result(tmp_path / "out")
+    repo = desk.hub.add_repo(REPO, {"notes.md": b"", "model.safetensors": b"old"})
+    before, seen = repo.at().oid, len(desk.hub.log)
+    desk.hub.fault("PUT /upload/", "slow", seconds=0.5)
+    desk.start("push", folder, {"repo_id": REPO})
+    desk.until("PUT /upload/", seen)
+    theirs = repo.push({"theirs.md": b"mine"})
+    said = desk.answer()
+    assert said["error"] == "RevisionMoved"
+    assert [c for c in (before, theirs, REPO) if c not in said["message"]] == []
+    assert "the same command" in said["hint"]
+    assert repo.at().oid == theirs, "nothing was forced"
+    desk.push(folder, REPO)
+    assert set(repo.tree()) == pushed_names() | {"notes.md", "theirs.md"}
+    assert repo.at().parent == theirs
+
+
+def test_somebody_pushes_the_same_meanwhile(desk: Desk, tmp_path: Path) -> None:
+    folder, seen = result(tmp_path / "out"), len(desk.hub.log)
+    desk.hub.fault("PUT /upload/", "slow", seconds=0.5)
+    desk.start("push", folder, {"repo_id": REPO})
+    desk.until("PUT /upload/", seen)
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "qconvert-run.json"}
+    theirs = desk.hub.repo(REPO).push(files)
+    assert desk.answer()["commit"] == theirs
+
+
+@pytest.mark.parametrize("name", ["config.json", SHARDS[1]])
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_hub_lists_something_else(desk: Desk, tmp_path: Path, name: str, lost: bool) -> None:
+    folder, seen = result(tmp_path / "out"), len(desk.hub.log)
+    desk.hub.add_repo(REPO)
+    fault = desk.hub.fault(COMMIT, "slow", seconds=0.0)
+    desk.hub.fault("GET .*/tree/[0-9a-f]{40}", "slow", seconds=0.0)  # of the head, before
+    desk.hub.fault("GET .*/tree/[0-9a-f]{40}", "slow", seconds=0.5)  # of the commit, after
+    desk.start("push", folder, {"repo_id": REPO})
+    desk.until(COMMIT, seen)
+    while len(desk.hub.repo(REPO).commits) == 1:
+        time.sleep(0.01)
+    files = desk.hub.repo(REPO).at().files
+    if lost:
+        del files[name]
+    else:
+        files[name] = Entry(Blob.of(b"?" * files[name].size), files[name].lfs)
+    said = desk.answer()
+    assert fault.seen
+    assert said["error"] == "PushIncomplete", said
+    assert f"{REPO}/{name}" in said["message"]
+    if not lost and name == SHARDS[1]:
+        assert hashlib.sha256(contents()[name]).hexdigest() in said["message"]
+    desk.push(folder, REPO)
+    assert desk.hub.repo(REPO).read(name) == contents()[name], "the same command mends it"
+
+
+def test_a_file_that_changes_while_it_is_sent(desk: Desk, tmp_path: Path) -> None:
+    folder, seen = result(tmp_path / "out"), len(desk.hub.log)
+    desk.hub.fault("PUT /upload/", "slow", seconds=0.5)
+    desk.start("push", folder, {"repo_id": REPO})
+    desk.until("PUT /upload/", seen)
+    with (folder / SHARDS[0]).open("ab") as file:
+        file.write(b"more")
+    said = desk.answer()
+    assert (said["error"], SHARDS[0] in said["message"]) == ("ContractViolation", True)
+    assert len(desk.hub.repo(REPO).commits) == 1
