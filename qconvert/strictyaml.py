@@ -28,6 +28,7 @@ _BOOLEANS = {
     "true": True, "True": True, "TRUE": True,
     "false": False, "False": False, "FALSE": False,
 }  # fmt: skip
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}|0x[0-9a-fA-F]{1,15}|0o[0-7]{1,20}")
 _FLOAT = re.compile(
     r"[-+]?(\.[0-9]{1,30}|[0-9]{1,30}(\.[0-9]{0,30})?)([eE][-+]?[0-9]{1,5})?"
@@ -107,7 +108,7 @@ class _Builder:
             raise self._refuse("tags are not allowed", event)
         if kind == "Scalar":
             plain = event.implicit[0]
-            return _resolve(event.value) if plain else event.value
+            return _resolve(event.value) if plain else _whole(event.value)
         return self._list(depth) if kind == "SequenceStart" else self._mapping(depth)
 
     def _list(self, depth: int) -> list[Any]:
@@ -122,9 +123,10 @@ class _Builder:
             if _kind(event) != "Scalar":
                 raise self._refuse("a key that is no text", event)
             self._value(event, depth + 1)  # refuses an anchor or a tag
-            if event.value in members:
-                raise self._refuse(f"duplicate key {printable(event.value)!r}", event)
-            members[event.value] = self._value(self._next(), depth + 1)
+            key = _whole(event.value)
+            if key in members:
+                raise self._refuse(f"duplicate key {printable(key)!r}", event)
+            members[key] = self._value(self._next(), depth + 1)
         return members
 
     def _refuse(self, what: str, event: Any) -> CorruptFile:
@@ -133,6 +135,13 @@ class _Builder:
 
 def _kind(event: Any) -> str:
     return type(event).__name__.removesuffix("Event")
+
+
+def _whole(text: str) -> str:
+    """Surrogates, which an escape can name, as the character that two of them are."""
+    if text.isascii() or not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _resolve(plain: str) -> Any:
