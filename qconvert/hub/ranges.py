@@ -1,9 +1,9 @@
 """Weight files that stay on the Hub, read in parts as if they were here.
 
 `RangeFile` serves the tile-wise reads of a validation or a calibration. A request costs a round
-trip, so a run of reads that follow each other is served by reading ahead, twice as far each time
-up to 8 MiB, in the background. A read that follows no other fetches what it asks for and no more:
-looking at a few tensors of a large shard must not cost the shard.
+trip, so a run of reads that follow each other is served by reading ahead in the background, half
+as far as the run is long, up to 4 MiB. A read that follows no other fetches what it asks for and
+no more: looking at a few tensors of a large shard must not cost the shard.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from qconvert.hub.transfer import Fetcher
 from qconvert.types import Repository
 
 CONNECTIONS = 16
-_AHEAD = 8 << 20
+_AHEAD = 4 << 20
 """Most bytes that one read ahead fetches."""
 _LEAST_AHEAD = 64 << 10
-_KEPT = 6
-"""Most spans that were read ahead and are kept, per file."""
+_KEPT = 12
+"""Most spans that were read ahead and are kept, per file: 48 MiB."""
 _RUNS = 64
 """Runs of reads that are told apart: several tensors are read at once."""
 _GAP = 64 << 10
@@ -90,7 +90,8 @@ class RangeFile:
         self.size = repository.files[name].size
         self._repository, self._name = repository, name
         self._lock = Lock()
-        self._ahead: OrderedDict[tuple[int, int], Future[bytearray]] = OrderedDict()
+        self._ahead: dict[tuple[int, int], Future[bytearray]] = {}
+        self._used: set[tuple[int, int]] = set()
         self._runs: OrderedDict[int, int] = OrderedDict()
         self._threads = ThreadPoolExecutor(2)
 
@@ -110,8 +111,8 @@ class RangeFile:
                 span = next((s for s in self._ahead if s[0] <= offset < s[1]), None)
                 until = min((s[0] for s in self._ahead if s[0] > offset), default=stop)
                 future = None if span is None else self._ahead[span]
-                if span is not None:
-                    self._ahead.move_to_end(span)
+                if span is not None and span[1] <= stop:
+                    self._used.add(span)
             if span is None or future is None:
                 count = min(stop, until) - offset
                 self._fetch(out[:count], offset)
@@ -149,13 +150,16 @@ class RangeFile:
             begin = stop
             while covering := next((s for s in self._ahead if s[0] <= begin < s[1]), None):
                 begin = covering[1]
-            length = min(_AHEAD, max(_LEAST_AHEAD, run))
+            length = min(_AHEAD, max(_LEAST_AHEAD, run // 2))
             if begin - stop >= length or begin >= self.size:
                 return
-            span = begin, min(self.size, begin + length)
+            known = min((s[0] for s in self._ahead if s[0] > begin), default=self.size)
+            span = begin, min(known, begin + length)
             self._ahead[span] = self._threads.submit(self._fetched, span)
             while len(self._ahead) > _KEPT:
-                self._ahead.popitem(last=False)
+                oldest = next((s for s in self._ahead if s in self._used), next(iter(self._ahead)))
+                self._used.discard(oldest)
+                del self._ahead[oldest]
 
     def _fetched(self, span: tuple[int, int]) -> bytearray:
         data = bytearray(span[1] - span[0])
