@@ -11,7 +11,6 @@ from qconvert.types import JSON
 
 CONTRACT, NUMERIC, RELOAD = LEVELS
 _WORST = 5
-_SAMPLES = ("prompt", "source", "quantized")
 
 
 def warning(facts: Facts) -> str:
@@ -81,7 +80,7 @@ def quality(facts: Facts) -> str:
         f"## Quality\n\n{table(['', 'source', 'quantized'], rows, right=2)}",
         _conditions(data),
         _worst(numeric),
-        *_samples(data),
+        _samples(data),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -124,16 +123,13 @@ def _worst(numeric: JSON) -> str:
     return f"Layers furthest from the source: {listed}." if listed else ""
 
 
-def _samples(data: JSON) -> list[str]:
+def _samples(data: JSON) -> str:
     """Greedy continuations of the same prompt by both models."""
     samples = as_mapping(data.get("samples"))
-    texts = {who: as_text(samples.get(who)) for who in _SAMPLES}
+    texts = {who: as_text(samples.get(who)) for who in ("prompt", "source", "quantized")}
     if not texts["quantized"]:
-        return []
-    return [
-        "Greedy continuation of one prompt:",
-        *(f"{who}:\n\n{quoted(text)}" for who, text in texts.items() if text),
-    ]
+        return ""
+    return f"Greedy continuation of one prompt:\n\n{quoted(texts)}"
 
 
 # ── calibration ──────────────────────────────────────────────────────────────────────────────

@@ -12,12 +12,13 @@ from collections.abc import Collection
 
 from qconvert import strictyaml
 from qconvert.card.facts import Facts
-from qconvert.card.findings import ERROR, Finding
+from qconvert.card.findings import ERROR, WARNING, Finding
 from qconvert.card.lint_body import check_body
 from qconvert.card.lint_front import check_front
 from qconvert.types import JSON
 
-MAX_CHARS = 500_000
+MAX_BODY = 100_000
+"""Characters that are parsed: two seconds of a text that is made for it."""
 
 
 def lint(
@@ -28,10 +29,12 @@ def lint(
     `manifest`: the one beside it, if there is one. `files`: the names of what lies beside it, if
     that is known. Never raises for what the text or the manifest hold.
     """
-    if len(text) > MAX_CHARS:
-        what = f"more than {MAX_CHARS:,} characters: not looked at"
-        return [Finding(ERROR, "size", what)]
     facts = Facts(manifest) if manifest is not None else None
     yaml, body = strictyaml.split(text)
-    found = [*check_front(yaml, facts, files), *check_body(body, facts, files)]
+    found = [*check_front(yaml, facts, files)]
+    if len(body) > MAX_BODY:
+        what = f"the body has more than {MAX_BODY:,} characters and was not looked at"
+        found.append(Finding(ERROR if facts else WARNING, "size", what))
+    else:
+        found += check_body(body, facts, files)
     return sorted(found, key=lambda finding: finding.level != ERROR)

@@ -8,8 +8,7 @@ left to prevent is that the text ends its own span, cell, line or block.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import quote
 
 from qconvert.errors import printable
@@ -38,10 +37,15 @@ def block(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{line}\n{fence}"
 
 
-def quoted(text: str) -> str:
-    """Somebody's words as an indented block, without empty lines."""
-    lines = [line for line in text.splitlines() if line.strip()][:_MOST_LINES]
-    return "\n".join(f"    {printable(line, _LONGEST_LINE)}" for line in lines) or "    –"
+def quoted(texts: Mapping[str, str]) -> str:
+    """Somebody's words as an indented block: a label of ours before each, no empty lines."""
+    width = max(map(len, texts), default=0)
+    rows = []
+    for label, text in texts.items():
+        lines = [line for line in text.splitlines() if line.strip()][:_MOST_LINES]
+        for number, line in enumerate(lines or ["–"]):
+            rows.append(f"{'' if number else label:{width}}  {printable(line, _LONGEST_LINE)}")
+    return "\n".join(f"    {row}" for row in rows)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: int = 0) -> str:
@@ -57,8 +61,3 @@ def hub_link(repo_id: str, revision: str | None = None) -> str:
     if revision:
         return f"[{code(revision)}]({address}/tree/{revision})"
     return f"[{repo_id}]({address})"
-
-
-def number(value: Any, digits: int = 4) -> str:
-    """Four significant digits, or what there is of a whole number."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"

@@ -117,16 +117,15 @@ def _memory(facts: Facts) -> str:
 
 def _sizes(facts: Facts) -> Iterator[tuple[str, int, str]]:
     """Whatever is known of how large it is: label, bytes, remark."""
-    reload = facts.measured("reload")
+    reload = facts.measured("reload") if facts.whole else {}
     device = code(reload.get("device_name") or reload.get("device"))
-    part = "" if facts.whole else ", a part of the model"
     before, after = facts.number("source", "bytes"), facts.number("plan", "weight_bytes")
     found: list[tuple[str, Any, str]] = [
         ("source weights", before, ""),
         ("weights here", after, _saving(before, after)),
         ("this repository, config and tokenizer included", facts.any("plan", "total_bytes"), ""),
-        (f"loaded{part}, on {device}", reload.get("loaded_bytes"), ""),
-        (f"peak while loading and computing{part}, on {device}", reload.get("peak_bytes"), ""),
+        (f"loaded, on {device}", reload.get("loaded_bytes"), ""),
+        (f"peak while it ran, on {device}", reload.get("peak_bytes"), ""),
         ("peak of the conversion, at most", facts.any("peak_bytes"), ""),
     ]
     for label, value, more in found:

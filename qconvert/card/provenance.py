@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from qconvert import contract
 from qconvert.card.facts import Facts, as_text
-from qconvert.card.markdown import block, code, hub_link, name, table
+from qconvert.card.markdown import block, code, hub_link, table
 from qconvert.errors import UsageError
 
 _MOST_FILES = 20
@@ -54,7 +54,7 @@ def _origin(facts: Facts) -> str:
         if asked and asked != facts.source_id:
             source += f", asked for as {code(asked)}"
     else:
-        source = f"a local folder, {name(facts.source_name)}"
+        source = f"a local folder, {code(facts.source_name)}"
     lines = [f"- source: {source}"]
     if facts.any("source", "gated") is True:
         lines.append("- the source is gated: who uses this is asked to accept its terms there")
@@ -71,7 +71,8 @@ def _origin(facts: Facts) -> str:
         if isinstance(number, str)
     }
     if versions:
-        made = ", ".join(code(f"{library} {number}") for library, number in versions.items())
+        first = sorted(versions, key=lambda library: (library != "qconvert", library))
+        made = ", ".join(code(f"{library} {versions[library]}") for library in first)
         lines.append(f"- made with: {made}")
     return "\n".join(lines)
 
