@@ -124,7 +124,7 @@ def command(request: Request, planned: Plan) -> str:
     words = ["qconvert", request.method, checkpoint.repo_id or checkpoint.name]
     if checkpoint.revision:
         words += ["--revision", checkpoint.revision]
-    for name, value in request.options.items():
+    for name, value in sorted(request.options.items()):
         words += _option(name, TORCH_NAMES.get(value, value) if name == "compute_dtype" else value)
     if request.calibration is not None:
         for name, value, default in _calibration_fields(request.calibration):

@@ -54,7 +54,7 @@ def test_the_demo_is_verified(tmp_path: Path) -> None:
     assert data["kl_divergence"] < 0.03
     assert len(set(data["samples"]["quantized"].split())) > 5
     card = (tmp_path / "out" / "README.md").read_text()
-    for fact in ("base_model: demo", "base_model_relation: quantized", "verified", "perplexity"):
+    for fact in ("# demo", "base_model_relation: quantized", "verified", "perplexity"):
         assert fact in card
 
 

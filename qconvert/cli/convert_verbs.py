@@ -250,7 +250,7 @@ def run(verb: str, given: dict[str, Any]) -> None:
 
 def _method_options(verb: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The method's name and the options that are its own."""
-    own = {name for name, _, _ in _OWN.get(verb, _BNB_4BIT if verb == "bnb" else [])}
+    own = [name for name, _, _ in _OWN.get(verb, _BNB_4BIT if verb == "bnb" else [])]
     chosen = {name: given[name] for name in own if name in given and name != "override"}
     if verb == "aqlm" and chosen["bits"] is None and chosen["scheme"] is None:
         chosen["bits"] = 2

@@ -235,6 +235,7 @@ def plan_json(plan: Plan, seconds: float | None = None) -> JSON:
         "calibration": calibration,
         "source": plan.checkpoint.name,
         "revision": plan.checkpoint.revision,
+        "repository": show_hub.source_json(plan.checkpoint),
         "method": {"name": plan.method.name, **plan.method.options()},
         "container": plan.container.name,
         "architecture": plan.structure.architecture,

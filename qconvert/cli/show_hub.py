@@ -9,7 +9,7 @@ from rich.markup import escape
 from qconvert import upstream
 from qconvert.errors import printable
 from qconvert.text import human_bytes
-from qconvert.types import Checkpoint
+from qconvert.types import JSON, Checkpoint
 
 if TYPE_CHECKING:
     from qconvert.hub.push import Pushed
@@ -18,26 +18,38 @@ if TYPE_CHECKING:
 
 def source_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     """Of a Hub repository: its licence, who may read it, and what is to be downloaded."""
+    known = source_json(checkpoint)
+    if known is None:
+        return []
+    access = [word for word in ("private", "gated") if known[word]]
+    return [
+        ("licence", escape(printable(known["licence"] or "not stated"))),
+        ("access", " and ".join(access) or "public"),
+        *([("download", human_bytes(known["download_bytes"]))] if checkpoint.remote else []),
+    ]
+
+
+def source_json(checkpoint: Checkpoint) -> JSON | None:
+    """The same for machines; None for a folder."""
     repository = checkpoint.repository
     if repository is None:
-        return []
+        return None
     card = upstream.read(checkpoint.root)
-    licence = card.get("license_name") or card.get("license") or "not stated"
-    access = [word for word in ("private", "gated") if getattr(repository, word)]
-    size = sum(file.size for file in checkpoint.files.values()) + sum(
-        checkpoint.side_files.values()
-    )
-    return [
-        ("licence", escape(printable(licence))),
-        ("access", " and ".join(access) or "public"),
-        *([("download", human_bytes(size))] if checkpoint.remote else []),
-    ]
+    weights = sum(file.size for file in checkpoint.files.values())
+    return {
+        "id": repository.id,
+        "asked": repository.asked,
+        "licence": card.get("license_name") or card.get("license"),
+        "private": repository.private,
+        "gated": repository.gated,
+        "download_bytes": weights + sum(checkpoint.side_files.values()) if checkpoint.remote else 0,
+    }
 
 
 def target_rows(target: Target) -> list[tuple[str, str]]:
     """Where the result would be pushed, as the Hub said that it may."""
     state = "exists" if target.exists else "will be made"
-    where = f", branch {escape(printable(target.revision))}" if target.revision else ""
+    where = f", branch {escape(printable(target.revision))}" if target.revision != "main" else ""
     how = ", as a pull request" if target.create_pr else ""
     access = "private" if target.private else "public"
     return [("push to", f"{escape(printable(target.repo_id))}{where}{how} ({access}, {state})")]
