@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 _PLAIN_SECONDS = 10.0
+_DRAWN_SECONDS = 0.05
+"""Between two states of a bar. To draw one costs as much as to hash or to send 100 kB."""
 _WIDE = 120
 """Columns that a bar needs beside the words."""
 _MOST_STEPS = 1000
@@ -82,9 +84,14 @@ class _RichBar:
         self._task = bar.add_task("", total=1, what="", state="")
         self._state = _State()
         self._lock = threading.Lock()
+        self._drawn = 0.0
 
     def __call__(self, done: int, total: int, what: str) -> None:
         with self._lock:
+            now = time.monotonic()
+            if 0 < done < total and now - self._drawn < _DRAWN_SECONDS:
+                return
+            self._drawn = now
             self._update(done, total, what, self._state.text(done, total), most=self._width - 60)
 
     def steps(self, done: int, total: int, what: str) -> None:
@@ -109,37 +116,45 @@ class _PlainLines:
 
     def __call__(self, done: int, total: int, what: str) -> None:
         with self._lock:
-            state = self._state.text(done, total)
-            self._update(f"{100 * done / max(total, 1):3.0f} %  {state}: {what}")
+            self._state.begin(done, total)
+            if self._is_due():
+                state = self._state.text(done, total)
+                self.say(f"{100 * done / max(total, 1):3.0f} %  {state}: {what}")
 
     def steps(self, done: int, total: int, what: str) -> None:
         with self._lock:
-            self._update(f"{_share(done, total)}: {what}")
+            if self._is_due():
+                self.say(f"{_share(done, total)}: {what}")
 
     def say(self, line: str) -> None:
         with contextlib.suppress(OSError):  # nobody listens: no reason to stop
             print(line, file=sys.stderr, flush=True)
 
-    def _update(self, line: str) -> None:
-        if time.monotonic() - self._last >= _PLAIN_SECONDS:
-            self._last = time.monotonic()
-            self.say(line)
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        due = now - self._last >= _PLAIN_SECONDS
+        if due:
+            self._last = now
+        return due
 
 
 class _State:
-    """Amount, rate and time left of the stage at work; a new total begins a new stage."""
+    """Amount, rate and time left of the stage at work, which a new total or a zero begins."""
 
     def __init__(self) -> None:
         self._total = -1
         self._start = 0.0
 
+    def begin(self, done: int, total: int) -> None:
+        """Starts the clock where a stage begins."""
+        if total != self._total or done == 0:
+            self._total, self._start = total, time.monotonic()
+
     def text(self, done: int, total: int) -> str:
-        now = time.monotonic()
-        if total != self._total:
-            self._total, self._start = total, now
+        self.begin(done, total)
         if total <= _MOST_STEPS:
             return f"step {done} of {total}, {_peak()}"
-        rate = done / max(now - self._start, 1e-3)
+        rate = done / max(time.monotonic() - self._start, 1e-3)
         left = (total - done) / max(rate, 1.0)
         amount = f"{human_bytes(done)} of {human_bytes(total)}"
         return f"{amount}, {human_bytes(rate)}/s, {left:.0f} s left, {_peak()}"

@@ -42,6 +42,10 @@ class Meter:
         """Whether anybody listens."""
         return self._progress is not None
 
+    def start(self) -> None:
+        """Nothing has been sent yet."""
+        self._tell(0, "sending")
+
     def at(self, name: str, position: int) -> None:
         """That many bytes of a file have been sent; fewer than before where it is sent again."""
         with self._lock:
@@ -49,11 +53,12 @@ class Meter:
             self._done += position - self._at[name]
             self._at[name] = position
             done = self._done
-        self._tell(done, name)
+        self._tell(done, f"sending {name}")
 
     def all_at(self, done: int) -> None:
         """That many bytes of all files together."""
-        self._tell(min(done, self.total), f"{len(self._sizes)} files")
+        left = done < self.total
+        self._tell(min(done, self.total), "sending" if left else "sent; the Hub looks at it")
 
     def finish(self) -> None:
         """Everything has been sent, or was there already."""
@@ -63,7 +68,7 @@ class Meter:
 
     def _tell(self, done: int, what: str) -> None:
         if self._progress is not None:
-            self._progress(done, self.total, f"sending {what}")
+            self._progress(done, self.total, what)
 
 
 def additions(files: Mapping[str, LocalFile], meter: Meter) -> list[Any]:
@@ -133,6 +138,7 @@ def upload(
                 raise
             raise HubError(f"the Hub's answer to an upload to {repo_id} makes no sense: {e}") from e
 
+    meter.start()
     try:
         with _xet_progress(meter):
             client.call(send, repo_id, revision, write=True, retries=_RETRIES)

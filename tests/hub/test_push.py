@@ -101,7 +101,7 @@ def test_a_branch_and_a_pull_request(desk: Desk, tmp_path: Path) -> None:
 def test_progress_comes_in_bytes(desk: Desk, tmp_path: Path) -> None:
     files = contents() | {"model.safetensors": bytes(3_000_000)}
     said = desk.push(result(tmp_path / "out", files), "alice/progress")
-    sending = [(done, total) for done, total, what in said["steps"] if what.startswith("sending")]
+    sending = [(done, total) for done, total, what in said["steps"] if what.startswith("sen")]
     assert {total for _, total in sending} == {said["uploaded_bytes"]}
     done = [d for d, _ in sending]
     assert done == sorted(done)
