@@ -42,6 +42,8 @@ PASSING = (408, 429, 500, 502, 503, 504)
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 120.0
 """Longest silence of the server. It may work on a commit of many files for most of that."""
+FIRST_WAIT = 0.5
+"""Seconds before a request is repeated; twice as long each further time, up to half a minute."""
 MAX_WAIT = 300.0
 """Seconds; a server that asks for more patience is reported instead."""
 
@@ -145,7 +147,7 @@ def request_headers() -> dict[str, str]:
 
 
 class Backoff:
-    """Waits before a request is repeated: ½ s, then twice as long each time, or as told to."""
+    """Waits before a request is repeated: longer each time, or as long as the server asks."""
 
     def __init__(self, retries: int, stop: Event | None = None) -> None:
         self._retries = retries
@@ -167,7 +169,7 @@ class Backoff:
         if self._tried >= retries or (seconds or 0) > MAX_WAIT:
             return False
         if seconds is None:
-            seconds = min(0.5 * 2**self._tried, 30)
+            seconds = min(FIRST_WAIT * 2**self._tried, 30)
         self._tried += 1
         if self._stop is None:
             time.sleep(seconds)

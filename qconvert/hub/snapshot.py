@@ -9,10 +9,12 @@ they are here; weights are compared when they are read (see `source.SourceReader
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from qconvert import digest, modelconfig, shards, sidefiles
 from qconvert.errors import CorruptFile, Network, NotFound, SourceError
@@ -20,18 +22,22 @@ from qconvert.hub import client
 from qconvert.safepath import open_regular, read_bytes, regular_file
 from qconvert.types import RemoteFile, Repository
 
+Progress = Callable[[int, int, str], None]
+"""Called with (bytes done, in all, what is at work), from any thread."""
+
 
 def small_files(repository: Repository, names: Sequence[str]) -> Path:
     """The cache's folder of that commit, with these files in it, as the tree promises them.
 
-    Raises NotFound where there is none to fetch, CorruptFile for another content, and the errors
-    of `client.call`.
+    Raises NotFound for one that the repository lacks, CorruptFile for another content, and the
+    errors of `client.call`.
     """
-    if not names:
-        raise NotFound(
-            f"no {modelconfig.FILE}", file=repository.id, hint=shards.what_else(repository.files)
-        )
+    names = list(names) or [modelconfig.FILE]  # the folder is there once a file is
     for name in names:
+        if name not in repository.files:
+            raise NotFound(
+                f"no {name}", file=repository.id, hint=shards.what_else(repository.files)
+            )
         if repository.files[name].size > sidefiles.MAX_BYTES:
             raise CorruptFile(
                 "too large",
@@ -47,31 +53,49 @@ def small_files(repository: Repository, names: Sequence[str]) -> Path:
     return root
 
 
-def weights(repository: Repository, names: Collection[str]) -> Path:
+def weights(
+    repository: Repository, names: Collection[str], progress: Progress | None = None
+) -> Path:
     """The same folder with these large files in it; their content is not looked at.
 
-    Interrupted downloads begin anew, file by file: the library's own way.
+    Interrupted downloads begin anew, file by file: the library's own way. `progress` gets the
+    bytes that are here, those of files that were there already included.
     """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+    from huggingface_hub import snapshot_download
 
     client.prepare()
+    total = sum(repository.files[name].size for name in names)
     patterns = list(names)  # none has a wildcard: see shards.read_index
-    if os.isatty(2) and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
-        enable_progress_bars()
-    try:
-        return Path(
-            client.call(
-                lambda: snapshot_download(
-                    repository.id, revision=repository.commit, allow_patterns=patterns
-                ),
+    return Path(
+        client.call(
+            lambda: snapshot_download(
                 repository.id,
-                repository.commit,
-                retries=5,  # the library repeats neither a reset connection nor a 503
-            )
+                revision=repository.commit,
+                allow_patterns=patterns,
+                tqdm_class=_bytes_counter(names, total, progress),
+            ),
+            repository.id,
+            repository.commit,
+            retries=5,  # the library repeats neither a reset connection nor a 503
         )
-    finally:
-        disable_progress_bars()
+    )
+
+
+def _bytes_counter(names: Collection[str], total: int, progress: Progress | None) -> Any:
+    """What huggingface_hub takes for a progress bar; it draws nothing, and tells `progress`."""
+    from tqdm.auto import tqdm
+
+    class Counter(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._counts_bytes = kwargs.get("unit") == "B"  # one bar of several counts files
+            super().__init__(*args, **{**kwargs, "file": io.StringIO(), "leave": False})
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self._counts_bytes and progress is not None:
+                progress(min(int(self.n), total), total, f"downloading, {len(names)} files")
+
+    return Counter
 
 
 def cached(repo_id: str, revision: str | None, why: Network) -> tuple[Path, Repository]:

@@ -54,7 +54,7 @@ class Fetcher:
         """Fills `out` from byte `start` of a file on; `received` is told of bytes as they come.
 
         Raises the errors of `client.call`, and CorruptFile for a file of another size than the
-        tree says. After `close` it raises Network.
+        tree says. After `close` it raises.
         """
         transport = client.httpx().TransportError
         filling = _Filling(out, start, received)

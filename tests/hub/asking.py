@@ -12,6 +12,8 @@ _PREAMBLE = """
 import faulthandler, json, sys
 faulthandler.dump_traceback_later(100, exit=True)  # rather than wait for ever
 from qconvert.errors import QConvertError
+from qconvert.hub import client
+client.FIRST_WAIT = 0.02  # a test need not be patient
 """
 _LOOP = """
 for line in sys.stdin:

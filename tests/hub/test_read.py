@@ -11,6 +11,7 @@ import pytest
 
 from tests.hub.asking import OPEN, ask
 from tests.hub.server import Hub
+from tests.hub.shards import sharded
 from tests.tiny_case import make
 
 TOKEN = "hf_ToKenOfAlice"
@@ -252,3 +253,19 @@ def test_nothing_is_printed(hub: Hub, tmp_path: Path) -> None:
     (answer,), stderr = ask(LOCALIZED, [("org/good",)], hub.env(tmp_path))
     assert answer["repo_id"] == "org/good"
     assert stderr == ""
+
+
+def test_a_download_survives_a_bad_network(hub: Hub, tmp_path: Path) -> None:
+    """The library gives up at a reset connection and at a 503 within a file."""
+    files = sharded([[2_000_000, 1_000_000], [3_000_000]])
+    hub.add_repo("org/model", files)
+    noise = ("reset", "status:503", "cut", "429", "status:500")
+    faults = [hub.fault("GET /repos/.*00001-of", "slow", seconds=0)]  # its header
+    faults += [hub.fault("GET /repos/.*00001-of", kind, seconds=0) for kind in noise]
+    faults += [hub.fault("GET /api/resolve-cache/.*config", kind, seconds=0) for kind in noise[:2]]
+    (answer,), stderr = ask(LOCALIZED, [("org/model",)], hub.env(tmp_path))
+    assert answer.get("found") == sorted(files), answer
+    assert all(fault.seen == fault.times for fault in faults)
+    assert stderr == ""
+    root = tmp_path / "hub/models--org--model/snapshots" / answer["revision"]
+    assert {name: (root / name).read_bytes() for name in files} == files

@@ -249,3 +249,47 @@ def test_closing_does_not_wait_for_the_server(hub: Hub, tmp_path: Path) -> None:
         assert answer["errors"] == answer["left"] == []
         assert answer["received"] < sum(map(len, files.values()))
         assert answer["closing"] < silence / 5
+
+
+WAITING = """
+import threading
+from qconvert.hub.stream import StreamReader
+from qconvert.source import open_checkpoint
+
+def job(model):
+    checkpoint = open_checkpoint(model)
+    first, *_, last = checkpoint.tensors.values()
+    reader = StreamReader(checkpoint, list(checkpoint.files), window_bytes=0)
+    reader.read(first, 0, 1, memoryview(bytearray(1)))
+    said = []
+
+    def wait(what):
+        try:
+            what()
+        except RuntimeError as e:
+            said.append(str(e))
+
+    stuck = [
+        threading.Thread(target=wait, args=(what,))
+        for what in (
+            lambda: reader.check(first.file),
+            lambda: reader.read(last, 0, 1, memoryview(bytearray(1))),
+        )
+    ]
+    for thread in stuck:
+        thread.start()
+    for thread in stuck:  # nothing is released, so neither can go on
+        thread.join(timeout=0.3)
+    waiting = [thread.is_alive() for thread in stuck]
+    reader.close()
+    for thread in stuck:
+        thread.join()
+    return {"waiting": waiting, "said": said}
+"""
+
+
+def test_closing_wakes_who_waits(hub: Hub, tmp_path: Path) -> None:
+    """A conversion that ends early closes its stream while workers wait for bytes."""
+    hub.add_repo("org/model", sharded([[100_000] * 3, [100_000]]))
+    (answer,), _ = ask(WAITING, [("org/model",)], hub.env(tmp_path))
+    assert answer == {"waiting": [True, True], "said": ["the stream is closed"] * 2}
