@@ -128,7 +128,7 @@ def convert(
             staging.check_destination(
                 destination, planned.checkpoint.root, overwrite=request.overwrite
             )
-        planned = _fetched(planned)
+        planned = _fetched(planned, progress)
         options = request.calibration_options()
         planned, prepared = prepare.read(planned, options, found, threads)
     clock.lap("plan")
@@ -146,7 +146,7 @@ def convert(
         on_plan(planned)
     check_space(planned, staged)
     if not request.stream:
-        planned = _fetched(planned)
+        planned = _fetched(planned, progress)
         clock.lap("fetch")
     with staged.open(restart=request.restart), ExitStack() as stack:
         sink = _sink(request, planned, target, progress)
@@ -164,8 +164,9 @@ def convert(
         clock.lap("validate")
 
         files = sealing.seal(
-            request, planned, staged.tree, poured.sealed, verdict, reports, solved, clock.laps
-        )
+            request, planned, staged.tree, poured.sealed, verdict, reports, solved, clock.laps,
+            target.repo_id if target else None,
+        )  # fmt: skip
         pushed = None
         if sink is not None:
             pushed = sink.finish({name: staged.tree / name for name in files.small}, files.sha256)
@@ -222,9 +223,9 @@ def _streamed(planned: Plan, request: Request) -> Plan:
     return replace(planned, peak_bytes=planned.peak_bytes + window, disk_bytes=disk)
 
 
-def _fetched(planned: Plan) -> Plan:
+def _fetched(planned: Plan, progress: Progress | None) -> Plan:
     """The same plan with the source's weights and side files on this disk."""
-    return replace(planned, checkpoint=source.localize(planned.checkpoint))
+    return replace(planned, checkpoint=source.localize(planned.checkpoint, progress))
 
 
 def _solve(

@@ -39,11 +39,13 @@ def make_manifest(
     verdict: Verdict | None,
     reports: Sequence[Report],
     figures: JSON | None = None,
+    target: str | None = None,
 ) -> JSON:
     """The manifest as a JSON value; "files" is filled in when all others are written.
 
     `command` makes this result from the same source, whoever runs it.
     `figures`: what calibration found out, for a calibrated method (see `calibration.report`).
+    `target`: the repository that it is made for, so that the card can say how to load it.
     """
     checkpoint = plan.checkpoint
     repository = checkpoint.repository
@@ -71,6 +73,7 @@ def make_manifest(
             },
         },
         "method": {"verb": verb, **plan.method.options()},
+        **({"target": {"repo_id": target}} if target else {}),
         "options": options,
         "command": command,
         "container": plan.container.name,

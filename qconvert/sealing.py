@@ -40,13 +40,18 @@ def seal(
     reports: tuple[Report, ...],
     solved: Calibrated | None,
     seconds: Mapping[str, float],
+    repo_id: str | None,
 ) -> Files:
-    """Writes plot, card, run log and manifest into the tree. Raises OutputError."""
+    """Writes plot, card, run log and manifest into the tree; `repo_id` is where they will be.
+
+    Raises OutputError.
+    """
     document = manifest.make_manifest(
         planned,
         verb=request.method,
         options=request.result_options(),
         command=command(request, planned),
+        target=repo_id,
         verdict=verdict,
         reports=reports,
         figures=solved.figures.as_json() if solved else None,

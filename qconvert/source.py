@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -77,10 +78,13 @@ def open_repository(
     return open_folder(root, repository=repository, remote=True, quantized=quantized)
 
 
-def localize(checkpoint: Checkpoint) -> Checkpoint:
+def localize(
+    checkpoint: Checkpoint, progress: Callable[[int, int, str], None] | None = None
+) -> Checkpoint:
     """The same checkpoint with all that a conversion reads downloaded to the Hub's cache.
 
-    Raises the errors of `open_checkpoint`, CorruptFile if a file is not what the tree says.
+    `progress` is called with (bytes done, in all, what is at work). Raises the errors of
+    `open_checkpoint`, CorruptFile if a file is not what the tree says.
     """
     if not checkpoint.remote or checkpoint.repository is None:
         return checkpoint
@@ -88,7 +92,7 @@ def localize(checkpoint: Checkpoint) -> Checkpoint:
 
     repository = checkpoint.repository
     fetch_side_files(checkpoint)
-    root = snapshot.weights(repository, list(checkpoint.files))
+    root = snapshot.weights(repository, list(checkpoint.files), progress)
     local = open_folder(root, repository=repository)
     if local.tensors != checkpoint.tensors:
         raise CorruptFile("the headers in the cache are not those on the Hub", file=root)

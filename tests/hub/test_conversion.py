@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,26 @@ def test_a_download_and_a_stream_make_the_same_files(
     assert one["source"] == two["source"]
     assert one["source"]["repo_id"] == "org/model"
     assert one["source"]["revision"] == served.repo("org/model").branches["main"]
+
+
+PROGRESS = """
+import qconvert
+seen = []
+qconvert.convert("org/model", "int8", output="out", validate=False,
+                 progress=lambda done, total, what: seen.append((done, total, what)))
+print(*[(done, total) for done, total, what in seen if "downloading" in what])
+"""
+
+
+def test_a_download_tells_how_far_it_is(served: Hub, tmp_path: Path, model: Path) -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", PROGRESS], env=served.env(tmp_path / "hf", TOKEN), cwd=tmp_path,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    assert f"({size}, {size})" in child.stdout, child.stderr
+    assert "B/s" not in child.stderr  # the library's own bars stay away
+    assert "%" not in child.stderr
 
 
 def test_a_flipped_bit_is_fetched_again_and_never_sealed(
