@@ -136,7 +136,12 @@ class BranchSink:
 
     def _read_notes(self) -> None:
         tree = tree_of(self.repo_id, self.head)
-        names = [name for name in self._sizes if _note_name(name) in tree and name in tree]
+        names = [
+            name
+            for name in self._sizes
+            if name in tree and (entry := tree.get(_note_name(name)))
+            if entry.size <= _MOST_OF_NOTE
+        ]
         repository = _repository(self.to, self.head, tree)
         spans = [(_note_name(name), 0, tree[_note_name(name)].size) for name in names]
         for name, note in zip(names, fetch_many(repository, spans), strict=True):

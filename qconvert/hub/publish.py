@@ -114,8 +114,7 @@ def publish(
 
 def validate_card(repo_id: str, card: bytes) -> None:
     """Asks the Hub whether it takes a card; raises ContractViolation with its reasons if not."""
-    from huggingface_hub import constants, get_session
-    from huggingface_hub.utils import hf_raise_for_status
+    from huggingface_hub import constants, get_session, hf_raise_for_status
 
     text = card.decode(errors="replace")
 

@@ -92,9 +92,8 @@ def find(options: PushOptions, default_name: str, source: Repository | None) -> 
                 hint="leave --create-pr out",
             )
         _check_namespace(you, repo_id)
-        private = options.private
-        if private is None:
-            private = source is None or source.private or source.gated
+        closed = source is None or _is_closed(source)
+        private = options.private if options.private is not None else closed
         target = Target(repo_id, exists=False, private=private, revision=options.revision)
     else:
         target = _existing(info, options, you, source)
@@ -187,7 +186,7 @@ def _refuse_impossible(options: PushOptions) -> None:
 
 def _check_id(repo_id: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo_id)
@@ -223,7 +222,7 @@ def _info(repo_id: str) -> Any:
 def _existing(
     info: Any, options: PushOptions, you: Mapping[str, Any], source: Repository | None
 ) -> Target:
-    closed = source is not None and (source.private or source.gated)
+    closed = source is not None and _is_closed(source)
     if not info.private and (options.private or (closed and options.private is None)):
         raise _public(info.id, because=source if not options.private else None)
     if options.create_pr:
@@ -242,6 +241,11 @@ def _existing(
         create_pr=options.create_pr,
         head=head,
     )
+
+
+def _is_closed(source: Repository) -> bool:
+    """Whether not everybody may read it."""
+    return source.private or source.gated
 
 
 def _check_namespace(you: Mapping[str, Any], repo_id: str) -> None:
@@ -289,7 +293,7 @@ def _public(repo_id: str, because: Repository | None = None) -> UsageError:
 
 def _warnings(target: Target, options: PushOptions, source: Repository | None) -> tuple[str, ...]:
     found = []
-    if source is not None and (source.private or source.gated) and not target.private:
+    if source is not None and _is_closed(source) and not target.private:
         kind = "gated" if source.gated else "private"
         found.append(f"{source.id} is {kind}; the result in {target.repo_id} will be public")
     if options.private is False and target.private:

@@ -152,7 +152,7 @@ def upload(
 def _xet_progress(meter: Meter) -> Iterator[None]:
     """While this lasts, hf_xet reports to the meter and to no bar."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
     reporting = _xet_reporting()
     if reporting is None or not meter.wanted or constants.HF_HUB_DISABLE_PROGRESS_BARS:
