@@ -11,6 +11,7 @@ from qconvert.types import JSON
 
 CONTRACT, NUMERIC, RELOAD = LEVELS
 _WORST = 5
+_PLOT = "qconvert-errors.svg"
 
 
 def warning(facts: Facts) -> str:
@@ -165,7 +166,7 @@ def calibration(facts: Facts) -> str:
     rows = [(code(layer), f"{error:.3g}") for layer, error in worst]
     return (
         f"## Calibration\n\n{', '.join(facts_of_run)}.\n\n"
-        f"{intro}; the worst ([all](qconvert-errors.svg)):\n\n"
+        f"{intro}; the worst{f' ([all]({_PLOT}))' if _PLOT in facts.mapping('files') else ''}:\n\n"
         f"{table(['layer', 'error'], rows, right=1)}"
     )
 

@@ -20,19 +20,19 @@ _MOST_LINES = 30
 
 def code(text: object, most: int = 200) -> str:
     """A code span, also for a cell of a table: backticks and bars become look-alikes."""
-    words = printable(text, most).replace("`", "'").replace("|", "¦")
+    words = printable(str(text)[: most + 1], most).replace("`", "'").replace("|", "¦")
     return f"`{words}`" if words.strip() else "–"
 
 
 def name(text: object) -> str:
     """A name as plain words if nobody could read markdown into it, else as a code span."""
-    words = printable(text)
+    words = printable(str(text)[:_LONGEST_LINE])
     return words if _PLAIN.fullmatch(words) else code(words)
 
 
 def block(text: str, language: str = "") -> str:
     """A fenced block of one line; the fence is longer than any within."""
-    line = printable(text, 10 * _LONGEST_LINE)
+    line = printable(text[: 10 * _LONGEST_LINE + 1], 10 * _LONGEST_LINE)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence}{language}\n{line}\n{fence}"
 
@@ -44,7 +44,8 @@ def quoted(texts: Mapping[str, str]) -> str:
     for label, text in texts.items():
         lines = [line for line in text.splitlines() if line.strip()][:_MOST_LINES]
         for number, line in enumerate(lines or ["–"]):
-            rows.append(f"{'' if number else label:{width}}  {printable(line, _LONGEST_LINE)}")
+            words = printable(line[: _LONGEST_LINE + 1], _LONGEST_LINE)
+            rows.append(f"{'' if number else label:{width}}  {words}")
     return "\n".join(f"    {row}" for row in rows)
 
 
