@@ -120,14 +120,14 @@ def _is_ours(document: object) -> bool:
 def source_of(document: JSON | None) -> Repository | None:
     """The Hub repository that a manifest names as the source, as far as it is known."""
     source = (document or {}).get("source") or {}
-    if not source.get("repo_id") or "private" not in source:
+    if not source.get("repo_id"):
         return None
     return Repository(
         id=source["repo_id"],
-        commit=source["revision"] or "",
+        commit=source.get("revision") or "",
         asked=source.get("asked") or source["repo_id"],
-        private=bool(source["private"]),
-        gated=bool(source.get("gated")),
+        private=source.get("private"),
+        gated=source.get("gated"),
         files={},
     )
 

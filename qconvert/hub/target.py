@@ -92,8 +92,8 @@ def find(options: PushOptions, default_name: str, source: Repository | None) -> 
                 hint="leave --create-pr out",
             )
         _check_namespace(you, repo_id)
-        closed = source is None or _is_closed(source)
-        private = options.private if options.private is not None else closed
+        known_open = source is not None and source.private is False and source.gated is False
+        private = options.private if options.private is not None else not known_open
         target = Target(repo_id, exists=False, private=private, revision=options.revision)
     else:
         target = _existing(info, options, you, source)
@@ -186,7 +186,7 @@ def _refuse_impossible(options: PushOptions) -> None:
 
 def _check_id(repo_id: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo_id)
@@ -244,8 +244,8 @@ def _existing(
 
 
 def _is_closed(source: Repository) -> bool:
-    """Whether not everybody may read it."""
-    return source.private or source.gated
+    """Whether it is known that not everybody may read it."""
+    return bool(source.private or source.gated)
 
 
 def _check_namespace(you: Mapping[str, Any], repo_id: str) -> None:

@@ -87,6 +87,8 @@ VISIBILITY: list[tuple[dict[str, Any], bool | None, bool]] = [
     ({"gated": True}, None, True),
     ({"gated": True}, False, False),
     ({"repo_id": None, "revision": None}, None, True),
+    ({"private": None, "gated": None}, None, True),
+    ({"private": None, "gated": None}, False, False),
 ]
 
 
@@ -96,7 +98,7 @@ def test_who_sees_a_new_repository(desk: Desk, tmp_path: Path, case: int) -> Non
     said = desk.push(result(tmp_path / "out", **source), f"alice/seen-{case}", private=asked)
     assert said["private"] == desk.hub.repo(f"alice/seen-{case}").private == private
     warned = "org/model is gated; the result in" in "".join(said["warnings"])
-    assert warned == (asked is False)
+    assert warned == (source.get("gated") is True and asked is False)
 
 
 def test_a_closed_source_does_not_go_into_an_open_repository(desk: Desk, tmp_path: Path) -> None:
