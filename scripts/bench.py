@@ -68,6 +68,24 @@ def llama_tensors(layers: int, intermediate: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def llama_config(layers: int, intermediate: int) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": intermediate,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "num_hidden_layers": layers,
+        "vocab_size": VOCAB,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "torch_dtype": "bfloat16",
+    }
+
+
 def generated(folder: Path, layers: int, intermediate: int = INTERMEDIATE) -> Path:
     """A generated model; kept if it is there.
 
@@ -113,22 +131,7 @@ def generate(folder: Path, layers: int, intermediate: int) -> None:
                 file.write(piece)
                 left -= len(piece)
                 skip = 0
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": intermediate,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "num_hidden_layers": layers,
-        "vocab_size": VOCAB,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 2048,
-        "torch_dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "config.json").write_text(json.dumps(llama_config(layers, intermediate), indent=2))
 
 
 # ── processes ────────────────────────────────────────────────────────────────────────────────

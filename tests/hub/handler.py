@@ -58,6 +58,7 @@ class Handler(BaseHTTPRequestHandler):
             self.role, self.command, unquote(raw), query, headers, started=time.monotonic()
         )
         self.hub.log.append(request)
+        time.sleep(self.hub.delay)
         fault = self.hub.faults.strike(request.line)
         exchange = Exchange(self.hub, request, self, fault)
         answer = self.answered(exchange, raw)
@@ -65,6 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault and fault.kind == "drop-answer":
             raise Broken
         self.send(request, answer, fault)
+        request.ended = time.monotonic()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve  # noqa: N815
 

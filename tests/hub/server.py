@@ -78,6 +78,8 @@ class Hub:
         self.errors: list[str] = []
         self.faults = Faults()
         self.down, self.up = Bucket(), Bucket()
+        self.delay = 0.0
+        """Seconds before every answer, as a distant server takes."""
         self.page = 1000
         """Entries of one page of a listing."""
         self.part_size = 512 << 20
@@ -147,14 +149,14 @@ class Hub:
     def add_repo(
         self,
         repo_id: str,
-        files: Mapping[str, bytes | Path] | Path | None = None,
+        files: Mapping[str, bytes | Path | Blob] | Path | None = None,
         *,
         kind: str = "model",
         private: bool = False,
         gated: str | bool = False,
         lfs: Callable[[str], bool] | None = None,
     ) -> Repo:
-        """A repository with one commit of `files`, or of the files of a folder, which stay there.
+        """A repository with one commit of `files`, or of those of a folder, which stay there.
 
         It also has the .gitattributes that every repository of the Hub starts with.
         """

@@ -42,7 +42,10 @@ def git_oid(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Blob:
-    """The bytes of a file, in memory or where they lie on disk."""
+    """The bytes of a file, in memory or where they lie on disk.
+
+    `of` hashes them; who makes one of a sparse file of many gigabytes states any sha256.
+    """
 
     data: bytes | Path
     size: int
@@ -162,6 +165,10 @@ class Repo:
                 return commit
         raise KeyError(revision)
 
+    def head(self, revision: str = "main") -> str:
+        """The id of a revision's commit."""
+        return self.at(revision).oid
+
     def history(self, revision: str = "main") -> list[Commit]:
         """The commits of a revision, the newest first."""
         by_oid = {commit.oid: commit for commit in self.commits}
@@ -178,7 +185,7 @@ class Repo:
 
     def push(
         self,
-        files: Mapping[str, bytes | Path],
+        files: Mapping[str, bytes | Path | Blob],
         *,
         branch: str = "main",
         delete: Iterable[str] = (),
@@ -188,7 +195,7 @@ class Repo:
         """A commit made by no client, for tests; returns its id."""
         tree = {name: e for name, e in self.tree(branch).items() if name not in set(delete)}
         for name, data in files.items():
-            blob = Blob.of(data)
+            blob = data if isinstance(data, Blob) else Blob.of(data)
             entry = Entry(blob, lfs(name) if lfs else is_lfs(name, blob.size))
             if entry.lfs:
                 self.lfs[blob.sha256] = blob

@@ -38,6 +38,8 @@ class Request:
     bytes_out: int = 0
     """Of the body."""
     bytes_in: int = 0
+    ended: float = 0.0
+    """When the last byte of the answer was handed on, on the clock of `started`; 0 before that."""
 
     @property
     def line(self) -> str:
