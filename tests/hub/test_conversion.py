@@ -7,9 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from qconvert.conversion import Request, convert
 from tests.hub.runs import TOKEN, digests, kill_when, run, start, weights
@@ -158,3 +161,57 @@ def test_from_hub_to_hub_nothing_stays_here(
     uploads = [r for r in served.log[sent:] if r.method == "PUT"]
     assert len(uploads) <= len(expected) - 2
     assert digests(tmp_path / "hf")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a file system of so many bytes."""
+    mounted: list[Path] = []
+
+    def make(size: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("this user may not mount a file system")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_from_hub_to_hub_three_shards_are_the_most_on_disk(
+    hub: Hub, tmp_path: Path, disk: Callable[[int], Path]
+) -> None:
+    hub.add_repo("org/larger", larger(tmp_path))
+    hub.add_user("alice", token=TOKEN)
+    words = ("int8", "org/larger", "--max-shard-size", "1MB", "--stream", "--push")
+    home = tmp_path / "home"
+    planned = json.loads(run(hub, home, "plan", *words, "--json"))
+    small_files = 4_000_000
+    assert planned["disk_bytes"] < 3 * 1_100_000 + small_files < planned["weight_bytes"]
+    folder = disk((planned["disk_bytes"] // 4096 + 2) * 4096)
+    hub.bandwidth(up=4e6)  # shards wait to be sent
+    environment = hub.env(home / "hf", TOKEN)
+    child = subprocess.run(
+        [sys.executable, "-m", "qconvert", *words, "--no-validate", "--push-unverified", "-q"],
+        env=environment, cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    assert not list(folder.iterdir())
+    tree = hub.repo("alice/larger-INT8-8bit").tree("main")
+    assert sum(name.endswith(".safetensors") for name in tree) > 8
+    assert hub.repo("alice/larger-INT8-8bit").private is False
+
+
+def larger(root: Path) -> Path:
+    """A model whose result takes more room than three of its shards and all small files."""
+    sizes = {
+        "vocab_size": 256, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 9,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64,
+    }  # fmt: skip
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(torch.bfloat16)
+    model.save_pretrained(root / "larger", max_shard_size="2MB")
+    return root / "larger"
