@@ -85,6 +85,9 @@ def test_headers_first_then_the_weights(hub: Hub, tmp_path: Path) -> None:
     assert main["error"] == absent["error"] == "Network"
     assert f"--revision {commit}" in main["hint"]
     assert "HF_HUB_OFFLINE" in absent["message"]
+    nobody = env | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    (unplugged,), _ = ask(OPENED, [("org/good", commit)], nobody)
+    assert unplugged == pinned
 
     # a branch that the library itself has cached: used, but said so
     refs = tmp_path / "hub" / "models--org--good" / "refs"
