@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qconvert import digest, upstream
+from qconvert.planning import with_calibration
 from qconvert.staging import MANIFEST_NAME
 from qconvert.types import JSON, Check, Plan, Report, Verdict
 from qconvert.version import __version__
@@ -82,6 +83,7 @@ def make_manifest(
             "layer_bits_per_weight": round(plan.layer_bits_per_weight, 4),
             "weight_bytes": plan.weight_bytes,
             "total_bytes": plan.total_bytes,
+            "peak_bytes": with_calibration(plan, plan.calibration, threads=1).peak_bytes,
             "dtype": plan.dtype,
             "layers": {e.layer.name: e.method.options() for e in plan.quantized() if e.layer},
             "kept": {e.tensor.name: e.reason for e in plan.entries if e.layer is None},

@@ -54,12 +54,12 @@ def full() -> Any:
             "options": {"bits": 2},
             "command": f"qconvert aqlm org/Tiny-7b-hf --revision {COMMIT} --bits 2",
             "container": "aqlm",
-            "peak_bytes": 9_000_000_000,
             "plan": {
                 "bits_per_weight": 2.9312,
                 "layer_bits_per_weight": 2.0711,
                 "weight_bytes": 2_500_000_000,
                 "total_bytes": 2_503_000_000,
+                "peak_bytes": 9_000_000_000,
                 "dtype": "BF16",
                 "layers": {
                     "model.layers.0.mlp.up_proj": {"bits": 2, "num_codebooks": 2},

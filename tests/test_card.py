@@ -204,7 +204,7 @@ def test_every_figure_is_on_the_page() -> None:
         "| weights here | 2,500,000,000 | 2.5 GB, 82.1 % less |",
         "| loaded, on `NVIDIA H100` | 2,600,000,000 | 2.6 GB |",
         "| peak while it ran, on `NVIDIA H100` | 3,100,000,000 | 3.1 GB |",
-        "| peak of the conversion, at most | 9,000,000,000 | 9.0 GB |",
+        "| peak of the conversion, at most, in one thread | 9,000,000,000 | 9.0 GB |",
         "| perplexity | 6.5 | 7.125 |",
         "| KL divergence from the source, nats per token |  | 0.25 |",
         "| same most likely next token |  | 81.2 % |",

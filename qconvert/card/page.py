@@ -20,7 +20,7 @@ NAME = "README.md"
 _MOST_ROWS = 20
 
 
-def render(manifest: JSON, _: object = None) -> bytes:
+def render(manifest: JSON) -> bytes:
     """README.md of a result, front matter and body, as UTF-8.
 
     Of a manifest that lacks something the card says less; it never raises for that.
@@ -126,7 +126,7 @@ def _sizes(facts: Facts) -> Iterator[tuple[str, int, str]]:
         ("this repository, config and tokenizer included", facts.any("plan", "total_bytes"), ""),
         (f"loaded, on {device}", reload.get("loaded_bytes"), ""),
         (f"peak while it ran, on {device}", reload.get("peak_bytes"), ""),
-        ("peak of the conversion, at most", facts.any("peak_bytes"), ""),
+        ("peak of the conversion, at most, in one thread", facts.any("plan", "peak_bytes"), ""),
     ]
     for label, value, more in found:
         size = as_number(value)

@@ -49,7 +49,7 @@ def source_json(checkpoint: Checkpoint) -> JSON | None:
 def target_rows(target: Target) -> list[tuple[str, str]]:
     """Where the result would be pushed, as the Hub said that it may."""
     state = "exists" if target.exists else "will be made"
-    where = f", branch {escape(printable(target.revision))}" if target.revision != "main" else ""
+    where = f", branch {escape(printable(target.revision))}" if target.revision else ""
     how = ", as a pull request" if target.create_pr else ""
     access = "private" if target.private else "public"
     return [("push to", f"{escape(printable(target.repo_id))}{where}{how} ({access}, {state})")]
