@@ -134,7 +134,7 @@ def request_headers() -> dict[str, str]:
 
     Raises NotLoggedIn for a token that cannot be sent.
     """
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import build_hf_headers
 
     headers = build_hf_headers(library_name="qconvert", library_version=__version__)
     token = headers.get("authorization", "")
@@ -257,7 +257,7 @@ def translated(
             return DiskFull(f"no space left in {constants.HF_HUB_CACHE} to download {repo_id}")
         case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS, filename=str(path)):
             return NotWritable(f"cannot write {printable(path)} ({e.strerror})")
-    said = printable(getattr(e, "server_message", None) or "")
+    said = printable(server_message(e))
     match status_of(e):
         case 401:
             return NotLoggedIn("the Hub does not accept the token", hint="hf auth login")
@@ -290,6 +290,13 @@ def translated(
         f"the Hub could not be reached for {repo_id} ({reason})",
         hint="the same command, once the connection is back",
     )
+
+
+def server_message(e: Exception) -> str:
+    """What the server said, without the token that a careless proxy repeats in it."""
+    said = str(getattr(e, "server_message", None) or "")
+    token = sent_headers(e).get("authorization", "").removeprefix("Bearer ")
+    return said.replace(token, "…") if token else said
 
 
 def sent_headers(e: Exception) -> Mapping[str, str]:

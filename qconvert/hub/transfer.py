@@ -192,7 +192,7 @@ class _Refused(Exception):
 def _refusal(response: Any, repository: Repository, name: str, at_hub: bool) -> Exception:
     """What to raise for an answer that is no success: the end, or a `_Refused`."""
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+    from huggingface_hub.utils import hf_raise_for_status
 
     status = response.status_code
     if status == 416:
