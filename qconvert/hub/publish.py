@@ -142,7 +142,7 @@ def _complaints(cause: Any) -> str:
         found = cause.response.json()["errors"]
         return "; ".join(str(complaint["message"]) for complaint in found)
     except (ValueError, KeyError, TypeError):
-        return str(getattr(cause, "server_message", None) or cause)
+        return client.server_message(cause) or "it does not say why"
 
 
 def _copies(names: Iterable[str], revision: str) -> list[Any]:

@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-KINDS = re.compile(r"cut|reset|slow|corrupt|drop-answer|expire-token|429|status:\d{3}")
+KINDS = re.compile(r"cut|reset|slow|corrupt|drop-answer|expire-token|429|(?:status|echo):\d{3}")
 
 
 @dataclass

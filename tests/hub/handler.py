@@ -94,6 +94,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault.kind.startswith("status:"):
             status = int(fault.kind[7:])
             raise Refused(status, HTTPStatus(status).phrase)
+        if fault.kind.startswith("echo:"):
+            said = f"No access with {request.headers.get('authorization')}"
+            raise Refused(int(fault.kind[5:]), said)
         if fault.kind == "expire-token":
             if request.token in self.hub.grants:
                 self.hub.grants[request.token].expires = 0

@@ -194,6 +194,7 @@ class Hub:
         has one, else of the answer's; in the middle unless told; before the answer if that has no
         body. corrupt: one bit of that byte is flipped. slow: `seconds` of silence there, or before
         the answer unless told. 429: with Retry-After `seconds`. status:503 and others: that answer.
+        echo:403 and others: the same, with the token in what it says, as a careless proxy would.
         drop-answer: it is done, but the connection ends without an answer. expire-token: the token
         of the request is refused from then on; where there is none, the signed URL is too old.
         A file's name is in the query of its URL on the second host.
