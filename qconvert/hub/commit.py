@@ -20,6 +20,7 @@ from qconvert.errors import HubError, Network, PushIncomplete, RevisionMoved
 from qconvert.hub import client
 from qconvert.hub.content import Content, difference, missing
 from qconvert.hub.target import head_of
+from qconvert.hub.upload import plain_errors
 from qconvert.types import RemoteFile
 
 _RETRIES = 4
@@ -58,7 +59,7 @@ def tree_of(repo_id: str, revision: str) -> dict[str, RemoteFile]:
         lambda: list(HfApi().list_repo_tree(repo_id, revision=revision, recursive=True)),
         repo_id,
         revision,
-        retries=0,  # the library's own are six
+        retries=1,  # the library's own are six; before 2.0, none for the first page
     )
     return {
         file.path: RemoteFile(file.size, file.blob_id, file.lfs.sha256 if file.lfs else None)
@@ -86,7 +87,7 @@ def commit(
     from huggingface_hub import HfApi
 
     def post() -> Any:
-        with warnings.catch_warnings():
+        with plain_errors(repo_id), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on the card, which was validated before
             return HfApi().create_commit(
                 repo_id,

@@ -11,13 +11,14 @@ bytes are counted when it is done, and nothing else is lost.
 from __future__ import annotations
 
 import io
+import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qconvert.errors import HubError
+from qconvert.errors import HubError, printable
 from qconvert.hub import client
 from qconvert.hub.content import LocalFile, Progress
 
@@ -125,18 +126,10 @@ def upload(
     client.prepare()
 
     def send() -> None:
-        try:
+        with plain_errors(repo_id):
             HfApi().preupload_lfs_files(
                 repo_id, operations, revision=revision, create_pr=create_pr, free_memory=False
             )
-        except RuntimeError as e:  # "Error while uploading …", for the reason that is its cause
-            if isinstance(e.__cause__, Exception):
-                raise e.__cause__ from None
-            raise
-        except ValueError as e:
-            if isinstance(e, OSError | UnicodeError):  # the library's HTTP errors are both
-                raise
-            raise HubError(f"the Hub's answer to an upload to {repo_id} makes no sense: {e}") from e
 
     meter.start()
     try:
@@ -146,6 +139,21 @@ def upload(
         for file in files.values():
             file.check_unchanged()
     meter.finish()
+
+
+@contextmanager
+def plain_errors(repo_id: str) -> Iterator[None]:
+    """What writing calls of the library raise, as `client.call` knows it, or as a HubError."""
+    try:
+        yield
+    except RuntimeError as e:  # "Error while uploading …", for the reason that is its cause
+        if isinstance(e.__cause__, Exception):
+            raise e.__cause__ from None
+        raise
+    except ValueError as e:
+        if isinstance(e, OSError | UnicodeError | json.JSONDecodeError):  # its HTTP errors are both
+            raise
+        raise HubError(f"the Hub's answer about {repo_id} makes no sense: {printable(e)}") from e
 
 
 @contextmanager
