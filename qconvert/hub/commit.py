@@ -117,11 +117,11 @@ def commit(
             headers = client.headers_of(cause) if isinstance(cause, Exception) else {}
             if not backoff.wait(headers):
                 raise
-    check(repo_id, made.oid, outcome)
+    _check(repo_id, made.oid, outcome)
     return made
 
 
-def check(repo_id: str, revision: str, outcome: Outcome) -> None:
+def _check(repo_id: str, revision: str, outcome: Outcome) -> None:
     """Raises PushIncomplete unless a revision holds what it should."""
     tree = tree_of(repo_id, revision)
     for name, content in outcome.wanted.items():
