@@ -1,7 +1,8 @@
-"""Verbs that only look: inspect, validate, formats, doctor."""
+"""Verbs that only look: inspect, validate, reproduce, formats, doctor."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,26 @@ _Against = Annotated[
         help="The source: a folder, a Hub id (org/name@revision), or 'demo'.", metavar="SOURCE"
     ),
 ]
+_Source = Annotated[
+    str | None,
+    typer.Option(
+        help="The source, where it was a folder: that folder.",
+        metavar="SOURCE",
+        show_default="what the manifest names",
+    ),
+]
+_Text = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="The text it was calibrated on, where that was a file.",
+        metavar="TEXT",
+        show_default="what the manifest names",
+    ),
+]
+_Keep = Annotated[
+    Path | None, typer.Option(help="Keep the new result in this folder.", metavar="DIR")
+]
 _Level = Annotated[
     list[str] | None,
     typer.Option(
@@ -40,7 +61,7 @@ _Level = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs to the application."""
-    for verb in (inspect, validate, formats, doctor):
+    for verb in (inspect, validate, reproduce, formats, doctor):
         app.command(verb.__name__, rich_help_panel="Look")(verb)
     app.command("verify", hidden=True)(validate)
 
@@ -81,6 +102,45 @@ def validate(
         )
     screen.validation(found)
     proving.require(found.reports)
+
+
+def reproduce(
+    path: _Target,
+    source: _Source = None,
+    calibration: _Text = None,
+    keep: _Keep = None,
+    revision: _Revision = None,
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Make a result again as its manifest says, and compare the bytes. Exits 6 if they differ.
+
+    A calibrated method on another device, or with other libraries, may choose other codes: then
+    the errors of all layers are compared.
+    """
+    from qconvert import reproduce as again
+    from qconvert.cli import show_reproduction
+    from qconvert.cli.progress import progress_bar
+    from qconvert.cli.show_calibration import listener
+
+    talks = not (json or quiet)
+    with progress_bar(enabled=talks) as progress:
+        found = again.reproduce(
+            path,
+            revision=revision,
+            source=source,
+            calibration=calibration,
+            keep=keep,
+            device=device,
+            threads=threads,
+            progress=progress,
+            on_event=listener(progress) if talks else None,
+        )
+    if not quiet:
+        show_reproduction.show(found, json=json)
+    again.require(found)
 
 
 def formats(json: opt.Json = False) -> None:
