@@ -26,8 +26,9 @@ from qconvert.calibration import prepare
 from qconvert.calibration.report import OnEvent, figures_from
 from qconvert.devices import find as find_devices
 from qconvert.errors import CorruptFile, DiskFull, HubError, NonFinite, UsageError
+from qconvert.outputs import Sink, shards_at_once
 from qconvert.planning import announced_dtype, make_plan
-from qconvert.pour import Poured, Progress, Sink, pour, shards_at_once
+from qconvert.pour import Poured, Progress, pour
 from qconvert.request import Request, Result, default_name, output_folder, worker_count
 from qconvert.solution import Solution
 from qconvert.source import open_checkpoint
@@ -98,9 +99,7 @@ def find_target(request: Request, planned: Plan) -> Target | None:
         raise UsageError("a result that is not validated is not pushed", hint="--push-unverified")
     from qconvert.hub import target
 
-    return target.find(
-        request.push, default_name(request, planned), planned.checkpoint.repository
-    )
+    return target.find(request.push, default_name(request, planned), planned.checkpoint.repository)
 
 
 def convert(
@@ -139,9 +138,7 @@ def convert(
     if staged.finish_commit() or (target and staged.is_finished()):
         return _pushed(_finished_earlier(destination, planned), target, progress)
     if not request.hub_to_hub:
-        staging.check_destination(
-            destination, planned.checkpoint.root, overwrite=request.overwrite
-        )
+        staging.check_destination(destination, planned.checkpoint.root, overwrite=request.overwrite)
     if on_plan is not None:
         on_plan(planned)
     check_space(planned, staged)

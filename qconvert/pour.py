@@ -6,48 +6,38 @@ offsets. Reading, computing and writing overlap because the workers are out of s
 calls and the kernels release the GIL, so threads are enough. Nothing depends on who does a tile or
 when: the plan alone says which bytes go where, and peak memory is one tile a worker.
 
-A finished tensor is journalled with a checksum; a finished shard is hashed, synced and renamed by
-a thread of its own while the next one is being poured. A resumed run believes neither (see
-`leftovers.py`).
-
-Where the source is a stream, its tensors come once and in order. So a tensor is proved, if it is
-to be, while its source is still in memory; and a shard is sealed once every source file that
-feeds it has the hash that was promised. With a sink, sealed shards leave, and a new one is opened
-only while few enough lie here.
+A finished tensor is journalled with a checksum, a finished shard sealed while the next one is being
+poured (`outputs.py`); what an earlier run left is looked at before it is believed (`leftovers.py`).
+Where the source is a stream, its tensors come once and in order: so a tensor is proved, if it is
+to be, while its source is still in memory.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from qconvert import leftovers
-from qconvert.digest import sha256
 from qconvert.errors import NonFinite
 from qconvert.leftovers import Leftovers, Sealed
 from qconvert.origins import Copied, Origin, Quantize, Quantized, Solved
+from qconvert.outputs import OpenShard, Outputs, Sink, await_all
 from qconvert.solution import Solution
-from qconvert.source import Reader, SourceReader, span
-from qconvert.staging import Staging, output_errors, publish
-from qconvert.tensors import read_exactly, write_exactly
+from qconvert.source import Reader, SourceReader
+from qconvert.staging import Staging, output_errors
 from qconvert.tiles import global_name, tiles_of
-from qconvert.types import ITEMSIZE, JSON, Array, Parts, Plan, PlanEntry, Shard, TensorInfo, Tile
+from qconvert.types import ITEMSIZE, JSON, Array, Parts, Plan, PlanEntry, Tile
 
 Progress = Callable[[int, int, str], None]
 """Called with (source bytes done, source bytes in all, what is at work), from any thread."""
-
-_SYNC_BYTES = 1 << 28
-
 
 Prove = Callable[[PlanEntry, Reader, Reader], JSON]
 """Compares a tensor's source (the first reader's) with what was written (the second's, by the
@@ -55,26 +45,9 @@ plan's output names) while the source is at hand; the journal keeps what it retu
 
 
 class Closeable(Reader, AbstractContextManager["Closeable"], Protocol):
-    """A reader that is to be closed after use."""
+    """A reader that is to be closed after use, or earlier: then who waits in it gets an error."""
 
-
-class Sink(Protocol):
-    """Where sealed shards go when they are not to stay on this disk."""
-
-    most_on_disk: int
-    """Shards that may lie here at once: being filled, being sealed, being taken."""
-
-    @property
-    def done(self) -> Mapping[str, Sealed]:
-        """The shards that are there already, by name."""
-        ...
-
-    def take(self, shard: Shard, path: Path, sealed: Sealed) -> None:
-        """Takes a shard, proved to have arrived when this returns; `path` is removed then.
-
-        Called for one shard at a time, from a thread of its own.
-        """
-        ...
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -121,34 +94,8 @@ def pour(
         return pouring.run(threads)
 
 
-def shards_at_once(plan: Plan, most: int) -> int:
-    """How many shards may have to lie on disk for `most` to be wanted there.
-
-    A shard is sealed when the source files that feed it have come to their end, so all shards
-    that one file feeds must be open together.
-    """
-    feeding: dict[str, int] = {}
-    for shard in plan.shards:
-        for file in {plan.entries[index].tensor.file for index in shard.entries}:
-            feeding[file] = feeding.get(file, 0) + 1
-    return min(len(plan.shards), max(most, *feeding.values()))
-
-
 def _silent(done: int, total: int, what: str) -> None:
     """No progress wanted."""
-
-
-@dataclass(slots=True)
-class _OpenShard:
-    """An output file that is being filled."""
-
-    shard: Shard
-    part: Path
-    final: Path
-    fd: int
-    open_entries: int
-    unsynced: int = 0
-    syncing: Future[None] | None = None
 
 
 @dataclass(slots=True)
@@ -157,7 +104,7 @@ class _Job:
 
     entry: PlanEntry
     origin: Origin
-    target: _OpenShard
+    target: OpenShard
     open_tiles: int
     checksum: int = 0
     kept: dict[int, Parts] = field(default_factory=dict)
@@ -175,7 +122,7 @@ class _Pouring:
         self,
         plan: Plan,
         staging: Staging,
-        reader: Reader,
+        reader: Closeable,
         origins: Sequence[Origin],
         left: Leftovers,
         progress: Progress,
@@ -191,44 +138,33 @@ class _Pouring:
         self.left = left
         self.progress = progress
         self.prove = prove
-        self.sink = sink
         self.streamed = streamed
         self.lock = threading.Lock()
         self.turn = threading.Lock()
         self.abort = threading.Event()
+        self.outputs = Outputs(plan, staging, reader, sink, self.abort)
         self.done = 0
         self.total = sum(entry.tensor.nbytes for entry in plan.entries)
         self.failed: list[_Job] = []
-        self.poured = Poured({})
-        self.proofs = {name: proof for name, proof in left.poured.items() if proof is not None}
-        self.open_shards: list[_OpenShard] = []
-        self.sealer = ThreadPoolExecutor(1, "seal")
-        self.syncer = ThreadPoolExecutor(1, "sync")  # the disk works while the others compute
-        self.taker = ThreadPoolExecutor(1, "take")
-        self.sealing: list[Future[None]] = []
-        self.taking: list[Future[None]] = []
-        self.room = threading.Semaphore(
-            shards_at_once(plan, sink.most_on_disk) if sink else len(plan.shards)
-        )
+        self.resumed_bytes = 0
 
     def run(self, threads: int) -> Poured:
         work = self._work()
         pool = ThreadPoolExecutor(threads, "pour")
         try:
-            _await([pool.submit(self._worker, work) for _ in range(threads)])
-            _await(self.sealing)
-            _await(self.taking)
+            await_all([pool.submit(self._worker, work) for _ in range(threads)])
+            self.outputs.finish()
         except BaseException:
             self.abort.set()
+            if self.streamed:  # a worker may be waiting for bytes that nobody makes room for
+                self.reader.close()
             raise
         finally:
-            for executor in (pool, self.sealer, self.syncer, self.taker):
-                executor.shutdown()
-            for target in self.open_shards:
-                os.close(target.fd)
+            pool.shutdown()
+            self.outputs.close()
         if self.failed:
             raise unquantizable([(job.entry, job.non_finite) for job in self.failed])
-        return self.poured
+        return Poured(self.outputs.sealed, self.resumed_bytes)
 
     def _worker(self, work: Iterator[tuple[_Job, Tile]]) -> None:
         try:
@@ -246,17 +182,22 @@ class _Pouring:
     def _work(self) -> Iterator[tuple[_Job, Tile]]:
         """Every tile that is still to be poured, in file order. Runs under `turn`."""
         for shard in self.plan.shards:
-            if self._finished_earlier(shard):
+            if sealed := self.left.sealed.get(shard.name):
+                for index in shard.entries:
+                    self._skip(self.plan.entries[index])
+                self.outputs.finished_earlier(shard, sealed)
                 continue
-            if not self._wait_for_room():
+            target = self.outputs.open(shard)
+            if target is None:
                 return
-            target = self._open(shard)
             for index in shard.entries:
                 entry = self.plan.entries[index]
                 tiles = tiles_of(entry, self.plan.container)
                 origin = next(o for o in self.origins if o.has(entry))
                 job = _Job(entry, origin, target, len(tiles))
                 if entry.tensor.name in self.left.poured:
+                    if proof := self.left.poured[entry.tensor.name]:
+                        target.proofs[entry.tensor.name] = proof
                     self._skip(entry)
                     self._close(job)
                     continue
@@ -264,13 +205,6 @@ class _Pouring:
                     self._end_tensor(job)
                 for tile in tiles:
                     yield job, tile
-
-    def _wait_for_room(self) -> bool:
-        """Waits until one more shard may lie on disk; False once everything has to stop."""
-        while not self.room.acquire(timeout=0.1):
-            if self.abort.is_set():
-                return False
-        return True
 
     # ── one tile ─────────────────────────────────────────────────────────────────────────────
 
@@ -311,12 +245,7 @@ class _Pouring:
         """Writes bytes of a local tensor at their planned place; returns their checksum."""
         target = job.target
         at = target.shard.offsets[global_name(job.entry, part)] + offset
-        write_exactly(target.fd, data, at)
-        with self.lock:
-            target.unsynced += len(data)
-            if target.unsynced >= _SYNC_BYTES and (not target.syncing or target.syncing.done()):
-                target.unsynced = 0
-                target.syncing = self.syncer.submit(os.fdatasync, target.fd)
+        self.outputs.write(target, data, at)
         return zlib.crc32(data, at & 0xFFFFFFFF)
 
     def _end_tensor(self, job: _Job) -> None:
@@ -341,120 +270,29 @@ class _Pouring:
         entry = job.entry
         proof: JSON = {}
         if self.prove is not None:
-            proof["proof"] = self.prove(entry, self.reader, _Written(job.target))
-            with self.lock:
-                self.proofs[entry.tensor.name] = proof["proof"]
+            proof["proof"] = self.prove(entry, self.reader, job.target)
+            job.target.proofs[entry.tensor.name] = proof["proof"]
         if self.streamed:
             proof["streamed"] = True
         self.staging.record(tensor=entry.tensor.name, checksum=job.checksum, **proof)
 
-    # ── shards ───────────────────────────────────────────────────────────────────────────────
-
-    def _open(self, shard: Shard) -> _OpenShard:
-        part = self.staging.tree / f"{shard.name}.part"
-        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        target = _OpenShard(
-            shard, part, self.staging.tree / shard.name, fd, open_entries=len(shard.entries)
-        )
-        self.open_shards.append(target)
-        os.ftruncate(fd, shard.size)
-        os.posix_fallocate(fd, 0, shard.size)
-        write_exactly(fd, memoryview(shard.header), 0)
-        return target
-
     def _close(self, job: _Job) -> None:
-        """Counts a tensor as done; the last of a shard starts its sealing."""
+        """Counts a tensor as done; after the last of a shard that is sealed."""
         with self.lock:
+            target = job.target
             if job.non_finite is not None:
                 self.failed.append(job)
-            job.target.open_entries -= 1
-            if job.target.open_entries == 0:
-                self.sealing.append(self.sealer.submit(self._seal, job.target))
-
-    def _seal(self, target: _OpenShard) -> None:
-        """Hashes a full shard, makes it durable and gives it its name."""
-        synced: Future[None] | None = None
-        shard = target.shard
-        try:
-            with output_errors(target.part):
-                for file in sorted({self.plan.entries[i].tensor.file for i in shard.entries}):
-                    self.reader.check(file)
-                synced = self.syncer.submit(os.fdatasync, target.fd)
-                digest = sha256(target.fd, self.abort)
-                synced.result()
-                if self.failed or self.abort.is_set():
-                    return
-                publish(target.part, target.final)
-                self.staging.record(shard=shard.name, sha256=digest)
-                names = (self.plan.entries[i].tensor.name for i in shard.entries)
-                proofs = {name: self.proofs[name] for name in names if name in self.proofs}
-                self._hand_over(shard, Sealed(shard.size, digest, proofs))
-        except BaseException:
-            self.abort.set()
-            raise
-        finally:
-            wait([f for f in (target.syncing, synced) if f is not None])
-            os.close(target.fd)
-            self.open_shards.remove(target)
-
-    def _hand_over(self, shard: Shard, sealed: Sealed) -> None:
-        """Counts a sealed shard, and gives it to the sink if there is one."""
-        with self.lock:
-            self.poured.sealed[shard.name] = sealed
-            if self.sink is not None:
-                self.taking.append(self.taker.submit(self._take, self.sink, shard, sealed))
-
-    def _take(self, sink: Sink, shard: Shard, sealed: Sealed) -> None:
-        try:
-            if self.abort.is_set():
-                return
-            path = self.staging.tree / shard.name
-            sink.take(shard, path, sealed)
-            path.unlink()
-            self.room.release()
-        except BaseException:
-            self.abort.set()
-            raise
-
-    # ── what an earlier run left ─────────────────────────────────────────────────────────────
-
-    def _finished_earlier(self, shard: Shard) -> bool:
-        sealed = self.left.sealed.get(shard.name)
-        if sealed is None:
-            return False
-        for index in shard.entries:
-            self._skip(self.plan.entries[index])
-        if self.sink is None or shard.name in self.sink.done:
-            self.poured.sealed[shard.name] = sealed
-        elif self._wait_for_room():
-            self._hand_over(shard, sealed)
-        return True
+                target.failed = True
+            target.open_entries -= 1
+            if target.open_entries == 0:
+                self.outputs.full(target)
 
     def _skip(self, entry: PlanEntry) -> None:
+        """Counts a tensor that an earlier run has finished."""
         self.reader.release(entry.tensor)
         with self.lock:
             self.done += entry.tensor.nbytes
-            self.poured.resumed_bytes += entry.tensor.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """Reads back what was written to a shard that is being filled."""
-
-    target: _OpenShard
-
-    def read(
-        self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
-    ) -> None:
-        offset, view = span(tensor, start_element, stop_element, out)
-        if view.nbytes:
-            read_exactly(self.target.fd, view, offset, self.target.shard.name)
-
-    def check(self, file: str) -> None:
-        pass
-
-    def release(self, tensor: TensorInfo) -> None:
-        pass
+            self.resumed_bytes += entry.tensor.nbytes
 
 
 def unquantizable(found: Sequence[tuple[PlanEntry, object]], hint: str = "") -> NonFinite:
@@ -470,19 +308,6 @@ def unquantizable(found: Sequence[tuple[PlanEntry, object]], hint: str = "") -> 
     else:
         what = f"NaN or Inf in {len(names)} tensors: {', '.join(names)}"
     return NonFinite(what, hint=hint or f"keep them in full precision with --skip '^({pattern})$'")
-
-
-def _await(futures: Iterable[Future[None]]) -> None:
-    """Waits for all of them, or raises what the first that fails raises.
-
-    The kernel may hand a signal to any thread, and Python runs its handler in the main thread,
-    when that next wakes up: so it does not sleep for long.
-    """
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
 
 
 def _bytes(array: Array) -> memoryview:

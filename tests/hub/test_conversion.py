@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -112,13 +113,18 @@ def test_killed_in_mid_stream_it_reads_only_what_it_has_not_verified(
     served: Hub, tmp_path: Path, expected: dict[str, str]
 ) -> None:
     words = ("hqq", "org/model", *OPTIONS, "--stream", "--no-validate", "-o", "out")
-    served.bandwidth(down=8_000)  # slow enough for the first kernel to be compiled meanwhile
+    served.bandwidth(down=8_000)
     journal = tmp_path / ".out.qconvert-staging" / "journal.jsonl"
     child = start(served, tmp_path, *words)
-    kill_when(child, lambda: journal.exists() and '"shard"' in journal.read_text())
+    while not journal.exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    last = served.fault(r"GET .*model-0000[45]-of", "slow", times=1000, seconds=600)
+    served.bandwidth()
+    kill_when(child, lambda: '"shard"' in journal.read_text())
+    last.times = 0
     verified = re.findall(r'"source": "([^"]+)"', journal.read_text())
     assert not (tmp_path / "out").exists()
-    served.bandwidth()
     before = len(served.log)
     run(served, tmp_path, *words)
     assert weights(tmp_path / "out") == expected

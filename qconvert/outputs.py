@@ -1,0 +1,221 @@
+"""The output shards while they are made: opened when there is room, sealed when full, handed on.
+
+A shard is preallocated, written at any offset from any worker, and synced now and then, so that
+the disk works while the processors compute. When its last tensor is written a thread of its own
+checks the source files that feed it, hashes it, makes it durable and gives it its name. With a
+sink, another thread sends sealed shards away, one at a time, and a new one is opened only while
+few enough lie here.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from qconvert.digest import sha256
+from qconvert.leftovers import Sealed
+from qconvert.source import Reader, span
+from qconvert.staging import Staging, output_errors, publish
+from qconvert.tensors import read_exactly, write_exactly
+from qconvert.types import JSON, Array, Plan, Shard, TensorInfo
+
+_SYNC_BYTES = 1 << 28
+
+
+class Sink(Protocol):
+    """Where sealed shards go when they are not to stay on this disk."""
+
+    most_on_disk: int
+    """Shards that may lie here at once: being filled, being sealed, being taken."""
+
+    @property
+    def done(self) -> Mapping[str, Sealed]:
+        """The shards that are there already, by name."""
+        ...
+
+    def take(self, shard: Shard, path: Path, sealed: Sealed) -> None:
+        """Takes a shard, proved to have arrived when this returns; `path` is removed then.
+
+        Called for one shard at a time, from a thread of its own.
+        """
+        ...
+
+
+def shards_at_once(plan: Plan, most: int) -> int:
+    """How many shards may have to lie on disk for `most` to be wanted there.
+
+    A shard is sealed when the source files that feed it have come to their end, so all shards
+    that one file feeds must be open together.
+    """
+    feeding: dict[str, int] = {}
+    for shard in plan.shards:
+        for file in {plan.entries[index].tensor.file for index in shard.entries}:
+            feeding[file] = feeding.get(file, 0) + 1
+    return min(len(plan.shards), max(most, *feeding.values()))
+
+
+@dataclass(slots=True, eq=False)
+class OpenShard:
+    """An output file that is being filled; also a `Reader` of what is in it."""
+
+    shard: Shard
+    part: Path
+    fd: int
+    open_entries: int
+    """Tensors that are not finished; guarded by the lock of who counts them."""
+    proofs: dict[str, JSON] = field(default_factory=dict)
+    failed: bool = False
+    """A tensor could not be quantized: the shard is never sealed."""
+    unsynced: int = 0
+    syncing: Future[None] | None = None
+
+    def read(
+        self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
+    ) -> None:
+        offset, view = span(tensor, start_element, stop_element, out)
+        if view.nbytes:
+            read_exactly(self.fd, view, offset, self.shard.name)
+
+    def check(self, file: str) -> None:
+        pass
+
+    def release(self, tensor: TensorInfo) -> None:
+        pass
+
+
+class Outputs:
+    """All shards of one pour. `sealed` is what became of them so far."""
+
+    def __init__(
+        self, plan: Plan, staging: Staging, reader: Reader, sink: Sink | None,
+        abort: threading.Event,
+    ) -> None:  # fmt: skip
+        self.sealed: dict[str, Sealed] = {}
+        self._plan = plan
+        self._staging = staging
+        self._reader = reader
+        self._sink = sink
+        self._abort = abort
+        self._lock = threading.Lock()
+        self._open: list[OpenShard] = []
+        self._sealer = ThreadPoolExecutor(1, "seal")
+        self._syncer = ThreadPoolExecutor(1, "sync")
+        self._taker = ThreadPoolExecutor(1, "take")
+        self._sealing: list[Future[None]] = []
+        self._taking: list[Future[None]] = []
+        self._room = threading.Semaphore(
+            shards_at_once(plan, sink.most_on_disk) if sink else len(plan.shards)
+        )
+
+    def open(self, shard: Shard) -> OpenShard | None:
+        """Opens a shard as soon as there is room for it; None once everything has to stop."""
+        if not self._wait_for_room():
+            return None
+        part = self._staging.tree / f"{shard.name}.part"
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        target = OpenShard(shard, part, fd, open_entries=len(shard.entries))
+        self._open.append(target)
+        os.ftruncate(fd, shard.size)
+        os.posix_fallocate(fd, 0, shard.size)
+        write_exactly(fd, memoryview(shard.header), 0)
+        return target
+
+    def write(self, target: OpenShard, data: memoryview, offset: int) -> None:
+        """Writes bytes at their planned place in a shard; from any thread."""
+        write_exactly(target.fd, data, offset)
+        with self._lock:
+            target.unsynced += len(data)
+            if target.unsynced >= _SYNC_BYTES and (not target.syncing or target.syncing.done()):
+                target.unsynced = 0
+                target.syncing = self._syncer.submit(os.fdatasync, target.fd)
+
+    def full(self, target: OpenShard) -> None:
+        """Says that every tensor of a shard is written: it is sealed."""
+        self._sealing.append(self._sealer.submit(self._seal, target))
+
+    def finished_earlier(self, shard: Shard, sealed: Sealed) -> None:
+        """Counts a shard that an earlier run has sealed, and hands it on unless it is there."""
+        if self._sink is None or shard.name in self._sink.done:
+            self.sealed[shard.name] = sealed
+        elif self._wait_for_room():
+            self._hand_on(shard, sealed)
+
+    def finish(self) -> None:
+        """Waits until every full shard is sealed and taken; raises what one of them raised."""
+        await_all(self._sealing)
+        await_all(self._taking)
+
+    def close(self) -> None:
+        """Ends the threads and closes what is open; after `abort`, as soon as they notice."""
+        for executor in (self._sealer, self._syncer, self._taker):
+            executor.shutdown()
+        for target in self._open:
+            os.close(target.fd)
+
+    def _wait_for_room(self) -> bool:
+        while not self._room.acquire(timeout=0.1):
+            if self._abort.is_set():
+                return False
+        return True
+
+    def _seal(self, target: OpenShard) -> None:
+        synced: Future[None] | None = None
+        shard = target.shard
+        try:
+            with output_errors(target.part):
+                if target.failed:  # the pour goes on to find every such tensor
+                    target.part.unlink()
+                    self._room.release()
+                    return
+                for file in sorted({self._plan.entries[i].tensor.file for i in shard.entries}):
+                    self._reader.check(file)
+                synced = self._syncer.submit(os.fdatasync, target.fd)
+                digest = sha256(target.fd, self._abort)
+                synced.result()
+                if self._abort.is_set():
+                    return
+                publish(target.part, self._staging.tree / shard.name)
+                self._staging.record(shard=shard.name, sha256=digest)
+                self._hand_on(shard, Sealed(shard.size, digest, target.proofs))
+        except BaseException:
+            self._abort.set()
+            raise
+        finally:
+            wait([f for f in (target.syncing, synced) if f is not None])
+            os.close(target.fd)
+            self._open.remove(target)
+
+    def _hand_on(self, shard: Shard, sealed: Sealed) -> None:
+        self.sealed[shard.name] = sealed
+        if self._sink is not None:
+            self._taking.append(self._taker.submit(self._take, self._sink, shard, sealed))
+
+    def _take(self, sink: Sink, shard: Shard, sealed: Sealed) -> None:
+        try:
+            if self._abort.is_set():
+                return
+            path = self._staging.tree / shard.name
+            sink.take(shard, path, sealed)
+            path.unlink()
+            self._room.release()
+        except BaseException:
+            self._abort.set()
+            raise
+
+
+def await_all(futures: Iterable[Future[None]]) -> None:
+    """Waits for all of them, or raises what the first that fails raises.
+
+    The kernel may hand a signal to any thread, and Python runs its handler in the main thread,
+    when that next wakes up: so it does not sleep for long.
+    """
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
