@@ -379,7 +379,7 @@ def test_the_allow_list(tmp_path: Path) -> None:
     for name in COPIED + LEFT:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert sidefiles.find(tmp_path) == tuple(sorted(COPIED))
+    assert sidefiles.find(tmp_path) == dict.fromkeys(sorted(COPIED), 1)
     assert [name for name in COPIED if not sidefiles.wanted(name)] == []
     assert [name for name in LEFT if sidefiles.wanted(name)] == []
 
