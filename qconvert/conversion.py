@@ -136,7 +136,7 @@ def convert(
     if request.hub_to_hub and (earlier := _published_earlier(planned, target)):
         return earlier
     if staged.finish_commit() or (target and staged.is_finished()):
-        return _pushed(_finished_earlier(destination, planned), target, progress)
+        return _pushed(request, _finished_earlier(destination, planned), target, progress)
     if not request.hub_to_hub:
         staging.check_destination(destination, planned.checkpoint.root, overwrite=request.overwrite)
     if on_plan is not None:
@@ -181,7 +181,7 @@ def convert(
         solved.figures if solved else None,
         pushed,
     )
-    return result if pushed else _pushed(result, target, progress)
+    return result if pushed else _pushed(request, result, target, progress)
 
 
 def check_space(planned: Plan, staged: Staging) -> None:
@@ -364,16 +364,21 @@ def _published_earlier(planned: Plan, target: Target | None) -> Result | None:
     return replace(_finished(document, planned, None), pushed=pushed)
 
 
-def _pushed(result: Result, target: Target | None, progress: Progress | None) -> Result:
+def _pushed(
+    request: Request, result: Result, target: Target | None, progress: Progress | None
+) -> Result:
     """The result, pushed if that was asked for."""
-    if target is None or result.folder is None:
+    if request.push is None or target is None or result.folder is None:
         return result
     from qconvert.hub.push import push_folder
 
+    unverified = request.push.unverified
     try:
-        pushed: Pushed = push_folder(result.folder, target, progress=progress)
-    except HubError as error:
-        error.hint = f"qconvert push {result.folder} {target.repo_id}"
+        pushed: Pushed = push_folder(
+            result.folder, target, unverified=unverified, progress=progress
+        )
+    except HubError as error:  # the same command goes on with the push, since the folder is whole
+        error.args = (f"{error}; the result is complete in {result.folder}",)
         raise
     return replace(result, pushed=pushed)
 

@@ -34,7 +34,7 @@ from qconvert.hub.content import (
     identity_of,
     look,
 )
-from qconvert.hub.publish import Elsewhere, Pushed, publish, pushed
+from qconvert.hub.publish import CARD_NAME, Elsewhere, Pushed, publish, pushed
 from qconvert.hub.ranges import fetch_many
 from qconvert.hub.stale import stale
 from qconvert.hub.target import Target
@@ -205,10 +205,14 @@ def branch_name(fingerprint: str) -> str:
 
 
 def _as_promised(repository: Repository, promised: Mapping[str, str]) -> bool:
-    """Whether the files are what a manifest says. Of those in git, the Hub tells no sha256."""
+    """Whether the files are what a manifest says, the card aside, which people edit.
+
+    Of files in git, the Hub tells no sha256.
+    """
     files = repository.files
-    in_git = [name for name in promised if files[name].sha256 is None]
-    if any(files[name].sha256 != promised[name] for name in promised.keys() - set(in_git)):
+    names = promised.keys() - {CARD_NAME}
+    in_git = [name for name in names if files[name].sha256 is None]
+    if any(files[name].sha256 != promised[name] for name in names - set(in_git)):
         return False
     spans = [(name, 0, files[name].size) for name in in_git]
     found = fetch_many(repository, spans)

@@ -8,7 +8,7 @@ here. Files that the manifest does not name are not part of the result and are n
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,11 +62,17 @@ def push_folder(
     document = gate(folder, unverified=unverified)
     files = _hashed(folder, document, progress)
     pushed = publish(to, files, document, progress=progress)
+    return replace(pushed, warnings=(*pushed.warnings, *_remarks(folder, files, document)))
+
+
+def _remarks(folder: Path, files: Mapping[str, LocalFile], document: JSON | None) -> Iterator[str]:
+    """What was pushed, or not, that is not as it was made."""
     left = sorted(set(_names(folder)) - set(files))
-    if not left:
-        return pushed
-    note = f"not in the manifest, so not pushed: {', '.join(map(printable, left[:10]))}"
-    return replace(pushed, warnings=(*pushed.warnings, note))
+    if left:
+        yield f"not in the manifest, so not pushed: {', '.join(map(printable, left[:10]))}"
+    made = (document or {}).get("files", {}).get(CARD_NAME)
+    if made and files[CARD_NAME].content.sha256 != made:
+        yield f"{CARD_NAME} was edited after it was made: check it with qconvert card --lint"
 
 
 def gate(folder: Path, *, unverified: bool) -> JSON | None:
@@ -133,7 +139,7 @@ def source_of(document: JSON | None) -> Repository | None:
 
 
 def _hashed(folder: Path, document: JSON | None, progress: Progress | None) -> dict[str, LocalFile]:
-    """The files to push, each one as the manifest has it."""
+    """The files to push, each one as the manifest has it; people may edit the card."""
     if document is None:
         return look_at(folder, _names(folder), progress)
     promised: dict[str, str] = document["files"]
@@ -146,7 +152,7 @@ def _hashed(folder: Path, document: JSON | None, progress: Progress | None) -> d
             ) from error
     files = look_at(folder, [*promised, MANIFEST_NAME], progress)
     for name, sha256 in promised.items():
-        if files[name].content.sha256 != sha256:
+        if files[name].content.sha256 != sha256 and name != CARD_NAME:
             raise ContractViolation(
                 "not the file that was proved",
                 file=folder / name,

@@ -11,7 +11,6 @@ from a private or gated source without `--public`.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -145,12 +144,8 @@ def check_write(repo_id: str) -> None:
     """Raises Forbidden unless the token may write to a repository that is there."""
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    if "write" not in inspect.signature(api.auth_check).parameters:
-        _check_namespace(_whoami(repo_id), repo_id)
-        return
     try:
-        client.call(lambda: api.auth_check(repo_id, write=True), repo_id, write=True)
+        client.call(lambda: HfApi().auth_check(repo_id, write=True), repo_id, write=True)
     except Forbidden as error:
         error.hint = f"--create-pr, or {error.hint}"
         raise

@@ -68,7 +68,7 @@ def _resolve(model: str, revision: str | None) -> Repository:
         lambda: list(HfApi().list_repo_tree(info.id, revision=commit, recursive=True)),
         info.id,
         commit,
-        retries=0,  # the library's own are six
+        retries=1,  # the library has six of its own, but some versions none for the first page
     )
     moved = info.id.lower() != model.lower()
     return Repository(

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from reprlib import repr as shortened
 from typing import Any
 
-from qconvert import arrays, contract, shards, sidefiles
+from qconvert import arrays, contract, shards, sidefiles, upstream
 from qconvert.errors import QConvertError, SourceError
 from qconvert.safepath import read_bytes
 from qconvert.staging import MANIFEST_NAME
@@ -224,7 +224,7 @@ def _layer_differences(stored: Stored, planned: Mapping[str, JSON]) -> Iterable[
 
 
 def _hashes(stored: Stored, manifest: JSON) -> Check:
-    """Every file of the manifest has its sha256, and there is no other file."""
+    """Every file of the manifest has its sha256, and there is no other; people edit cards."""
     name = "files have the manifest's hashes"
     expected: Mapping[str, str] = manifest["files"]
     try:
@@ -236,10 +236,15 @@ def _hashes(stored: Stored, manifest: JSON) -> Check:
     wrong += [
         f"{file}: expected sha256 {expected[file]}, got {found}"
         for file, found in hashes.found.items()
-        if found != expected[file]
+        if found != expected[file] and file != upstream.NAME
     ]
-    told = f"{hashes.told} by the Hub's tree, {len(hashes.found) - hashes.told} hashed here"
-    return Check(name, not wrong, listed(wrong) or (told if hashes.told else ""))
+    remarks = []
+    if hashes.told:
+        here = len(hashes.found) - hashes.told
+        remarks.append(f"{hashes.told} by the Hub's tree, {here} hashed here")
+    if hashes.found.get(upstream.NAME) != expected.get(upstream.NAME):
+        remarks.append(f"{upstream.NAME} was edited after it was made")
+    return Check(name, not wrong, listed(wrong) or "; ".join(remarks))
 
 
 def _against_plan(stored: Stored, plan: Plan) -> Iterable[str]:

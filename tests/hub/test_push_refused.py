@@ -150,7 +150,7 @@ def test_what_others_made(desk: Desk, tmp_path: Path) -> None:
 
 def test_a_changed_folder(desk: Desk, tmp_path: Path) -> None:
     seen = len(desk.hub.log)
-    for name in ("README.md", "model-00001-of-00002.safetensors"):
+    for name in ("config.json", "model-00001-of-00002.safetensors"):
         folder = result(tmp_path / name)
         with (folder / name).open("r+b") as file:
             file.seek(20)
@@ -163,6 +163,15 @@ def test_a_changed_folder(desk: Desk, tmp_path: Path) -> None:
     (folder / name).symlink_to("/etc/passwd")
     assert desk.push(folder)["error"] == "UnsafePath"
     assert writes(desk, seen) == []
+
+
+def test_a_card_may_be_edited(desk: Desk, tmp_path: Path) -> None:
+    folder = result(tmp_path / "r")
+    card = (folder / "README.md").read_bytes() + b"\nAnd a word of mine.\n"
+    (folder / "README.md").write_bytes(card)
+    said = desk.push(folder)
+    assert "edited" in said["warnings"][0]
+    assert desk.hub.repo(said["repo_id"]).read("README.md") == card
 
 
 _GOOD = {
