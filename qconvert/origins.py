@@ -40,9 +40,7 @@ class Origin(Protocol):
 class Quantized:
     """Layers of a data-free method: read, quantized and packed a tile at a time."""
 
-    def __init__(
-        self, reader: Reader, container: Container, quantize: Quantize | None
-    ) -> None:
+    def __init__(self, reader: Reader, container: Container, quantize: Quantize | None) -> None:
         self._reader = reader
         self._container = container
         self._quantize = quantize or _on_cpu

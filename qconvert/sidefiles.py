@@ -52,9 +52,7 @@ def find(root: Path) -> dict[str, int]:
     folders = [root]
     if (root / "additional_chat_templates").is_dir():
         folders.append(root / "additional_chat_templates")
-    names = (
-        entry.relative_to(root).as_posix() for folder in folders for entry in folder.iterdir()
-    )
+    names = (entry.relative_to(root).as_posix() for folder in folders for entry in folder.iterdir())
     return _checked({n: regular_file(root, n).stat().st_size for n in names if wanted(n)})
 
 
