@@ -8,8 +8,9 @@ bytes on any CPU with any number of threads.
 
 Calibrated methods, and GPUs, give the same bytes only on the same device with the same libraries.
 So where one of those is another, which the answer then names, what counts is whether the two are
-equally good: every layer's error against the source has to agree within `TOLERANCE`, and what is
-copied has to be the same bit for bit. Where nothing differs but the bytes, they are different.
+equally good: every layer's error against the source has to agree within `TOLERANCE`, and every
+check of the numeric level has to end alike, so that what is copied is the same bit for bit. Where
+nothing but the bytes differs, the results do.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ from qconvert.validation.reports import listed
 
 TOLERANCE = 0.05
 """Largest difference of a layer's relative errors, by the larger one, of two runs on unlike devices
-or libraries."""
+or libraries; of the whole model's, WHOLE_TOLERANCE. Measured with AQLM at 2 bits on the demo, once
+by AVX2 kernels and once by SSE's: 0.016 in the worst layer, 0.0002 in the whole."""
+WHOLE_TOLERANCE = 0.01
 _NAMED = 5
 _DESCRIPTIONS = (card.NAME, MANIFEST_NAME, plot.NAME, plot.PNG_NAME)
 """Files that tell of a run, its validation and its machine."""
@@ -66,7 +69,7 @@ class Agreement:
     difference: float
     """Of its errors, by the larger one."""
     failed: tuple[str, ...]
-    """Checks of the numeric level that either result does not pass."""
+    """Checks of the numeric level that one of the two passes, and how the other fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,24 +225,28 @@ class _Comparison:
             )
             for stored in (self._then, self._now)
         )  # fmt: skip
-        failed = tuple(
-            f"{c.name}: {c.detail}" for r in (then, now) for c in r.checks if not c.passed
-        )
+        both = zip(then.checks, now.checks, strict=False)
+        unlike = [(old, new) for old, new in both if old.passed != new.passed]
         before, after = (
-            {layer["name"]: layer["relative_error"] or 0.0 for layer in r.data.get("tensors", ())}
+            {layer["name"]: layer["relative_error"] for layer in r.data.get("tensors", ())}
             for r in (then, now)
         )
-        apart = {
-            name: abs(before.get(name, 0.0) - error) / max(before.get(name, 0.0), error, 1e-30)
-            for name, error in after.items()
-        }
+        apart = {name: _apart(before.get(name), error) for name, error in after.items()}
         worst = max(apart, key=lambda name: apart[name], default="")
-        difference = apart.get(worst, 0.0)
+        whole = [r.data.get("relative_error") for r in (then, now)]
+        near = apart.get(worst, 0.0) <= TOLERANCE and _apart(*whole) <= WHOLE_TOLERANCE
         return Agreement(
-            agree=not failed and difference <= TOLERANCE,
-            then=then.data.get("relative_error"),
-            now=now.data.get("relative_error"),
+            agree=near and not unlike,
+            then=whole[0],
+            now=whole[1],
             worst=worst,
-            difference=difference,
-            failed=failed,
+            difference=apart.get(worst, 0.0),
+            failed=tuple(f"{old.name}: {old.detail or new.detail}" for old, new in unlike),
         )
+
+
+def _apart(one: float | None, other: float | None) -> float:
+    """The difference of two errors by the larger one; 1 where one of them is none."""
+    if one is None or other is None:
+        return 0.0 if one == other else 1.0
+    return abs(one - other) / max(one, other) if one != other else 0.0
