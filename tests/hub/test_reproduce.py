@@ -130,7 +130,7 @@ def test_the_demo_is_at_hand(tmp_path: Path) -> None:
 
 def test_another_version_may_be_named_but_excuses_no_copy(copied: Path, model: Path) -> None:
     """Data-free results depend on qconvert alone; then their errors count, and copies still do."""
-    faults.edit(copied, f"{LAYER}.weight", lambda codes: codes.__setitem__(3, 17))
+    faults.edit(copied, f"{LAYER}.weight", lambda codes: codes.__setitem__(3, codes[3] ^ 1))
     found = again(copied, source=model)
     assert found.outcome is Outcome.DIFFERENT
     with pytest.raises(ContractViolation, match=r"model\.safetensors: expected sha256"):
