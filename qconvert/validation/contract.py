@@ -261,9 +261,12 @@ def _against_plan(stored: Stored, plan: Plan) -> Iterable[str]:
             yield f"{shard.name}: expected {shard.size} bytes, got {file.size}"
         elif file.header_sha256 != hashlib.sha256(shard.header).hexdigest():
             yield f"{shard.name}: the header is not the planned one"
-    for name, data in plan.generated.items():
-        if (stored.root / name).read_bytes() != data:
+    sizes = {name: len(data) for name, data in plan.generated.items()} | dict(plan.copied)
+    for name, size in sizes.items():
+        path = stored.root / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != size:
+            yield f"{name}: expected {size} bytes, got {path.stat().st_size}"
+        elif name in plan.generated and path.read_bytes() != plan.generated[name]:
             yield f"{name} is not the planned one"
-    for name, size in plan.copied.items():
-        if (stored.root / name).stat().st_size != size:
-            yield f"{name}: expected {size} bytes"
