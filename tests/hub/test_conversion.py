@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -169,27 +169,8 @@ def test_from_hub_to_hub_nothing_stays_here(
     assert digests(tmp_path / "hf")
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes a file system of so many bytes."""
-    mounted: list[Path] = []
-
-    def make(size: int) -> Path:
-        folder = tmp_path / f"disk{len(mounted)}"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("this user may not mount a file system")
-        mounted.append(folder)
-        return folder
-
-    yield make
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_from_hub_to_hub_three_shards_are_the_most_on_disk(
-    hub: Hub, tmp_path: Path, disk: Callable[[int], Path]
+    hub: Hub, tmp_path: Path, mounted: Callable[[str], Path]
 ) -> None:
     hub.add_repo("org/larger", larger(tmp_path))
     hub.add_user("alice", token=TOKEN)
@@ -198,7 +179,7 @@ def test_from_hub_to_hub_three_shards_are_the_most_on_disk(
     planned = json.loads(run(hub, home, "plan", *words, "--json"))
     small_files = 4_000_000
     assert planned["disk_bytes"] < 3 * 1_100_000 + small_files < planned["weight_bytes"]
-    folder = disk((planned["disk_bytes"] // 4096 + 2) * 4096)
+    folder = mounted(f"size={(planned['disk_bytes'] // 4096 + 2) * 4096}")
     hub.bandwidth(up=4e6)  # shards wait to be sent
     environment = hub.env(home / "hf", TOKEN)
     child = subprocess.run(
