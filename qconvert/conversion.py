@@ -240,6 +240,7 @@ def _solve(
     from qconvert.calibration.estimate import estimate
     from qconvert.calibration.solve import solve
 
+    _check_source(planned)
     seconds = estimate(planned, found, threads).total if on_event else 0.0
     try:
         return solve(
@@ -254,6 +255,16 @@ def _solve(
         )
     finally:
         clock.lap("calibrate")
+
+
+def _check_source(planned: Plan) -> None:
+    """Raises CorruptFile unless the weights are what the Hub promised.
+
+    Of what calibration has found, nobody can tell which file it came from.
+    """
+    with source.SourceReader(planned.checkpoint) as reader:
+        for file in planned.checkpoint.files:
+            reader.check(file)
 
 
 # ── the work ─────────────────────────────────────────────────────────────────────────────────

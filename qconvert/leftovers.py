@@ -2,16 +2,17 @@
 
 The journal is a hint. A sealed shard counts if its bytes still have the journalled hash, a tensor
 if those at its planned place have the journalled checksum. One that came from a stream counts only
-if the journal also says that its source file arrived with the hash that the Hub promised, since a
-stream is checked when it ends; and where tensors are proved while they are poured, only with its
-proof. Whatever a sink has is finished.
+if the journal also says that its source file arrived, that very time, with the hash that the Hub
+promised, since a stream is checked when it ends; none counts that was made of a file before that
+was found to be broken; and where tensors are proved while they are poured, only with its proof.
+Whatever a sink has is finished.
 """
 
 from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,11 +54,7 @@ class Leftovers:
 def survey(plan: Plan, staging: Staging, done: Mapping[str, Sealed], *, proved: bool) -> Leftovers:
     """Looks at what is in the staging tree; `done` are the shards that a sink has."""
     records = staging.records
-    verified = {r["source"] for r in records if "source" in r and _as_promised(plan, r)}
-    believed: dict[str, JSON] = {}
-    for line in records:
-        if "tensor" in line:
-            believed[line["tensor"]] = line
+    believed = _believed(plan, records)
     digests = {r["shard"]: r["sha256"] for r in records if "shard" in r}
     sealed: dict[str, Sealed] = {}
     poured: dict[str, JSON | None] = {}
@@ -70,7 +67,6 @@ def survey(plan: Plan, staging: Staging, done: Mapping[str, Sealed], *, proved: 
             entry.tensor.name: entry
             for entry in entries
             if (record := believed.get(entry.tensor.name)) is not None
-            and (not record.get("streamed") or entry.tensor.file in verified)
             and (not proved or "proof" in record)
         }
         proofs = {name: believed[name].get("proof") for name in kept}
@@ -84,6 +80,37 @@ def survey(plan: Plan, staging: Staging, done: Mapping[str, Sealed], *, proved: 
         for name in _unchanged(part, shard, plan, kept, believed):
             poured[name] = proofs[name]
     return Leftovers(sealed, poured)
+
+
+def _believed(plan: Plan, records: Sequence[JSON]) -> dict[str, JSON]:
+    """The last line of each tensor that was made, as far as is known, of the right bytes.
+
+    A run begins with a line `begin`, which names the files that it streams; `source` says that such
+    a file has ended as promised, `broken` that a file is not what it should be.
+    """
+    file_of = {entry.tensor.name: entry.tensor.file for entry in plan.entries}
+    believed: dict[str, JSON] = {}
+    pending: dict[str, dict[str, JSON]] = {}
+    verified: set[str] = set()
+    broken: set[str] = set()
+    for line in records:
+        if "begin" in line:
+            broken.clear()
+            verified -= set(line["begin"])
+            for file in line["begin"]:
+                pending.pop(file, None)
+        elif "broken" in line:
+            broken.add(line["broken"])
+            pending.pop(line["broken"], None)
+        elif "source" in line and _as_promised(plan, line):
+            verified.add(line["source"])
+            believed |= pending.pop(line["source"], {})
+        elif (file := file_of.get(line.get("tensor", ""))) is not None and file not in broken:
+            into = believed if file in verified else pending.setdefault(file, {})
+            into[line["tensor"]] = line
+    for lines in pending.values():
+        believed |= {name: line for name, line in lines.items() if not line.get("streamed")}
+    return believed
 
 
 def _as_promised(plan: Plan, record: JSON) -> bool:

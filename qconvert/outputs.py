@@ -2,15 +2,17 @@
 
 A shard is preallocated, written at any offset from any worker, and synced now and then, so that
 the disk works while the processors compute. When its last tensor is written a thread of its own
-checks the source files that feed it, hashes it, makes it durable and gives it its name. With a
-sink, another thread sends sealed shards away, one at a time, and a new one is opened only while
-few enough lie here.
+checks the source files that feed it, hashes it, makes it durable and gives it its name. Shards are
+sealed in their order: one that waits for the end of a source file must not keep an earlier one
+waiting, whose room that file may need to come to its end. With a sink, another thread sends sealed
+shards away, one at a time, and a new one is opened only while few enough lie here.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qconvert.digest import sha256
+from qconvert.errors import CorruptFile
 from qconvert.leftovers import Sealed
 from qconvert.source import Reader, span
 from qconvert.staging import Staging, output_errors, publish
@@ -103,6 +106,7 @@ class Outputs:
         self._abort = abort
         self._lock = threading.Lock()
         self._open: list[OpenShard] = []
+        self._unsealed: deque[OpenShard] = deque()
         self._sealer = ThreadPoolExecutor(1, "seal")
         self._syncer = ThreadPoolExecutor(1, "sync")
         self._taker = ThreadPoolExecutor(1, "take")
@@ -120,6 +124,7 @@ class Outputs:
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         target = OpenShard(shard, part, fd, open_entries=len(shard.entries))
         self._open.append(target)
+        self._unsealed.append(target)
         os.ftruncate(fd, shard.size)
         os.posix_fallocate(fd, 0, shard.size)
         write_exactly(fd, memoryview(shard.header), 0)
@@ -131,12 +136,18 @@ class Outputs:
         with self._lock:
             target.unsynced += len(data)
             if target.unsynced >= _SYNC_BYTES and (not target.syncing or target.syncing.done()):
+                if target.syncing is not None:
+                    target.syncing.result()  # the system tells of a failed write only once
                 target.unsynced = 0
                 target.syncing = self._syncer.submit(os.fdatasync, target.fd)
 
-    def full(self, target: OpenShard) -> None:
-        """Says that every tensor of a shard is written: it is sealed."""
-        self._sealing.append(self._sealer.submit(self._seal, target))
+    def seal_full(self) -> None:
+        """Seals the shards of which every tensor is written, up to the first that is not full.
+
+        Not to be called by two threads at once.
+        """
+        while self._unsealed and self._unsealed[0].open_entries == 0:
+            self._sealing.append(self._sealer.submit(self._seal, self._unsealed.popleft()))
 
     def finished_earlier(self, shard: Shard, sealed: Sealed) -> None:
         """Counts a shard that an earlier run has sealed, and hands it on unless it is there."""
@@ -168,12 +179,13 @@ class Outputs:
         shard = target.shard
         try:
             with output_errors(target.part):
+                self._check_sources(shard)
                 if target.failed:  # the pour goes on to find every such tensor
                     target.part.unlink()
                     self._room.release()
                     return
-                for file in sorted({self._plan.entries[i].tensor.file for i in shard.entries}):
-                    self._reader.check(file)
+                if target.syncing is not None:
+                    target.syncing.result()
                 synced = self._syncer.submit(os.fdatasync, target.fd)
                 digest = sha256(target.fd, self._abort)
                 synced.result()
@@ -189,6 +201,15 @@ class Outputs:
             wait([f for f in (target.syncing, synced) if f is not None])
             os.close(target.fd)
             self._open.remove(target)
+
+    def _check_sources(self, shard: Shard) -> None:
+        """Raises CorruptFile unless every file that feeds a shard is what was promised."""
+        for file in sorted({self._plan.entries[i].tensor.file for i in shard.entries}):
+            try:
+                self._reader.check(file)
+            except CorruptFile:
+                self._staging.record(broken=file)
+                raise
 
     def _hand_on(self, shard: Shard, sealed: Sealed) -> None:
         self.sealed[shard.name] = sealed

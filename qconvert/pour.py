@@ -83,7 +83,9 @@ def pour(
     Peak memory: `threads` tiles (see `Plan.peak_bytes`), and what a stream holds.
     """
     left = leftovers.survey(plan, staging, sink.done if sink else {}, proved=prove is not None)
-    with source(left.files(plan)) if source else SourceReader(plan.checkpoint) as reader:
+    files = left.files(plan)
+    staging.record(begin=files if source else [])
+    with source(files) if source else SourceReader(plan.checkpoint) as reader:
         origins: list[Origin] = [Quantized(reader, plan.container, quantize), Copied(reader)]
         if solution is not None:
             origins.insert(0, Solved(solution, plan.container))
@@ -285,7 +287,7 @@ class _Pouring:
                 target.failed = True
             target.open_entries -= 1
             if target.open_entries == 0:
-                self.outputs.full(target)
+                self.outputs.seal_full()
 
     def _skip(self, entry: PlanEntry) -> None:
         """Counts a tensor that an earlier run has finished."""
