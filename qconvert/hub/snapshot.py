@@ -101,8 +101,8 @@ def _bytes_counter(names: Collection[str], total: int, progress: Progress | None
 def cached(repo_id: str, revision: str | None, why: Network) -> tuple[Path, Repository]:
     """What an earlier run left of a repository in the cache, if that is a whole model.
 
-    The Hub is not asked, so the tree is not known: `files` is empty. Raises `why` if there is
-    nothing, with a hint that names the commits that there are.
+    The Hub is not asked, so neither its tree nor who may read it is known: `files` is empty.
+    Raises `why` if there is nothing, with a hint that names the commits that there are.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -124,8 +124,8 @@ def cached(repo_id: str, revision: str | None, why: Network) -> tuple[Path, Repo
         id=repo_id,
         commit=root.name,
         asked=repo_id,
-        private=False,
-        gated=False,
+        private=None,
+        gated=None,
         files={},
         warnings=() if revision == root.name else (note,),
     )
