@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 from weakref import WeakSet
 
-from qconvert.errors import CorruptFile, Network
+from qconvert.errors import CorruptFile, Network, printable
 from qconvert.hub import client
 from qconvert.types import Repository
 
@@ -103,7 +103,7 @@ class Fetcher:
                 extensions={"trace": self._trace} if self._session else {},
             ) as response:
                 if response.has_redirect_location:
-                    url = urljoin(url, response.headers["location"])
+                    url = _target(url, response.headers["location"])
                     if constants.ENDPOINT.startswith("https:") and not url.startswith("https:"):
                         raise Network(f"the Hub leads to an address without https for {name}")
                     continue
@@ -161,7 +161,9 @@ class _Filling:
         size = repository.files[name].size
         wanted = self.start + self.done
         if response.status_code == 206:
-            content = re.match(r"bytes (\d+)-\d+/(\d+|\*)", response.headers["content-range"])
+            content = re.match(
+                r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("content-range", "")
+            )
             if content is None or int(content[1]) != wanted:
                 raise Network(f"another range than asked for, of {repository.id}/{name}")
             whole, skip = content[2], 0
@@ -210,6 +212,18 @@ def _refusal(response: Any, repository: Repository, name: str, at_hub: bool) -> 
     if status in client.PASSING or not at_hub:  # there a signed URL may just have expired
         return _Refused(why, response.headers)
     return why
+
+
+def _target(url: str, location: str) -> str:
+    """Where a redirect leads; raises Network where that is no address."""
+    invalid = client.httpx().InvalidURL
+    try:
+        target = urljoin(url, location)
+        client.httpx().URL(target)
+        _origin(target)
+    except (ValueError, invalid):
+        raise Network(f"the Hub leads to no address: {printable(location)}") from None
+    return target
 
 
 def _origin(url: str) -> tuple[str, str, int | None]:

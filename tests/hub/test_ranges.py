@@ -184,6 +184,7 @@ def test_many_spans_share_requests(hub: Hub, tmp_path: Path) -> None:
 
 
 HUGE = 1 << 30
+NOWHERE = {"bracket": "http://[::1/x", "port": "http://host:port/x", "control": "http://a\x01b/"}
 
 
 class Odd(BaseHTTPRequestHandler):
@@ -205,6 +206,10 @@ class Odd(BaseHTTPRequestHandler):
             self.answer(416, b"")
         elif kind == "other-range":
             self.answer(206, BLOB[:100], Content_Range=f"bytes 0-99/{len(BLOB)}")
+        elif kind == "no-range":
+            self.answer(206, BLOB[first : last + 1])
+        elif kind in NOWHERE:
+            self.answer(302, b"", Location=NOWHERE[kind])
         elif kind == "other-size":
             self.answer(206, BLOB[first : last + 1], Content_Range=f"bytes {first}-{last}/99999")
         elif kind == "short":
@@ -256,6 +261,8 @@ def test_answers_that_are_not_what_was_asked_for(odd: str, hub: Hub, tmp_path: P
         ("short", size, 10, 200),
         ("other-size", size, 10, 20),
         ("other-range", size, 10, 20),
+        ("no-range", size, 10, 20),
+        *[(kind, size, 0, 1) for kind in NOWHERE],
         ("redirects", size, 0, 1),
         ("ends", size, 0, 1),
     ]
@@ -268,7 +275,7 @@ def test_answers_that_are_not_what_was_asked_for(odd: str, hub: Hub, tmp_path: P
     assert "--stream" in late["hint"]
     assert wrong["error"] == "CorruptFile"
     assert short["data"] == BLOB[10:200].hex()
-    kinds = ["CorruptFile", "Network", "Network", "CorruptFile"]
+    kinds = ["CorruptFile", *["Network"] * (3 + len(NOWHERE)), "CorruptFile"]
     assert [r["error"] for r in refused] == kinds
     assert f"{size:,}" in refused[0]["message"]
 
