@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from qconvert.memory import peak_memory
-from qconvert.text import human_bytes
+from qconvert.text import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -20,6 +20,8 @@ _DRAWN_SECONDS = 0.05
 """Between two states of a bar. To draw one costs as much as to hash or to send 100 kB."""
 _WIDE = 120
 """Columns that a bar needs beside the words."""
+_RATE_SECONDS = 0.5
+"""Before that, a rate is noise."""
 _MOST_STEPS = 1000
 """A stage with a smaller total counts steps, not bytes (the reload level does)."""
 
@@ -139,25 +141,38 @@ class _PlainLines:
 
 
 class _State:
-    """Amount, rate and time left of the stage at work, which a new total or a zero begins."""
+    """Amount, rate and time left of the stage at work.
+
+    Stages are told by their totals: while shards are sent, the conversion that they come from goes
+    on, and each keeps its own clock. What was done before the clock began is not counted as speed.
+    """
 
     def __init__(self) -> None:
-        self._total = -1
-        self._start = 0.0
+        self._began: dict[int, tuple[float, int]] = {}
+        """Total → when its stage was first heard of, and what was done by then."""
+        self._ended: set[int] = set()
 
     def begin(self, done: int, total: int) -> None:
-        """Starts the clock where a stage begins."""
-        if total != self._total or done == 0:
-            self._total, self._start = total, time.monotonic()
+        """Starts the clock where a stage begins, or begins again."""
+        _, before = self._began.get(total, (0.0, total + 1))
+        if done < before or done == 0 or (done < total and total in self._ended):
+            self._began[total] = time.monotonic(), done
+            self._ended.discard(total)
+        if done >= total:
+            self._ended.add(total)
 
     def text(self, done: int, total: int) -> str:
         self.begin(done, total)
         if total <= _MOST_STEPS:
             return f"step {done} of {total}, {_peak()}"
-        rate = done / max(time.monotonic() - self._start, 1e-3)
-        left = (total - done) / max(rate, 1.0)
         amount = f"{human_bytes(done)} of {human_bytes(total)}"
-        return f"{amount}, {human_bytes(rate)}/s, {left:.0f} s left, {_peak()}"
+        began, before = self._began[total]
+        seconds = time.monotonic() - began
+        if done == before or seconds < _RATE_SECONDS:
+            return f"{amount}, {_peak()}"
+        rate = (done - before) / seconds
+        left = human_seconds((total - done) / rate)
+        return f"{amount}, {human_bytes(rate)}/s, {left} left, {_peak()}"
 
 
 def _share(done: int, total: int) -> str:

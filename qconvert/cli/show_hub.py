@@ -58,4 +58,8 @@ def target_rows(target: Target) -> list[tuple[str, str]]:
 def pushed(outcome: Pushed) -> str:
     """The line that ends a push."""
     where = escape(printable(outcome.pull_request or outcome.url))
-    return f"pushed: [bold]{where}[/] at {outcome.commit}"
+    access = "private" if outcome.private else "public"
+    gone = ", ".join(escape(printable(name)) for name in outcome.deleted)
+    return f"pushed: [bold]{where}[/] at {outcome.commit} ({access})" + (
+        f"\ndeleted: {gone}" if gone else ""
+    )

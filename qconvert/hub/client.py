@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from threading import Event, Lock
@@ -96,6 +97,7 @@ def _prepare() -> Callable[[], Any]:
     from huggingface_hub import get_session, set_client_factory
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # our errors say it
     hooks = get_session().event_hooks  # the library's own: offline mode, request ids, debug log
 
     def session() -> Any:
@@ -205,12 +207,19 @@ def status_of(e: BaseException | None) -> int | None:
 
 def _may_pass(e: Exception) -> bool:
     passing = (httpx().TimeoutException, httpx().NetworkError, httpx().RemoteProtocolError)
-    return isinstance(e, passing) or status_of(e) in PASSING
+    return isinstance(e, passing) or status_of(e) in PASSING or _spoilt(e)
+
+
+def _spoilt(e: Exception) -> bool:
+    """Whether a signed URL was too old, or what was sent by it was spoilt on the way."""
+    return status_of(e) in (400, 403) and _of_storage(e)
 
 
 def connected(e: Exception) -> bool:
     """Whether there was a server at all to fail."""
-    return not isinstance(e, httpx().ConnectError | httpx().ConnectTimeout)
+    return not isinstance(
+        e, httpx().ConnectError | httpx().ConnectTimeout | httpx().UnsupportedProtocol
+    )
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────
@@ -228,7 +237,7 @@ def translated(
         case errors.GatedRepoError():  # a subclass of RepositoryNotFoundError: it comes first
             return Gated(
                 f"{repo_id} asks you to accept its licence",
-                hint=f"accept it at {page} and run: hf auth login",
+                hint=f"accept it at {page} and run: {_login()}",
             )
         case errors.DisabledRepoError():
             return Forbidden(f"{repo_id} is disabled on the Hub", hint=f"see {page}")
@@ -242,7 +251,7 @@ def translated(
         case errors.RepositoryNotFoundError():
             return NotFound(
                 f"no repository {repo_id} on the Hub, or it is private",
-                hint="if it is private: hf auth login",
+                hint=f"if it is private, as somebody who may see it: {_login()}",
             )
         case errors.HFValidationError():
             return NotFound(f"{printable(repo_id)} is neither a folder nor a Hub id")
@@ -254,17 +263,28 @@ def translated(
                 hint="unset HF_HUB_OFFLINE, or name a folder",
             )
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return DiskFull(f"no space left in {constants.HF_HUB_CACHE} to download {repo_id}")
+            return DiskFull(
+                f"no space left in {constants.HF_HUB_CACHE} to download {repo_id}",
+                hint="--stream keeps no source file; or another disk: export HF_HOME=DIR",
+            )
         case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS, filename=str(path)):
-            return NotWritable(f"cannot write {printable(path)} ({e.strerror})")
+            return NotWritable(
+                f"cannot write {printable(path)} ({e.strerror})",
+                hint="a folder for the Hub's cache that can be written: export HF_HOME=DIR",
+            )
     said = printable(server_message(e))
+    if _of_storage(e) and 400 <= (status_of(e) or 0) < 500:
+        return Network(
+            f"the storage behind the Hub refuses a request for {repo_id}: {said or status_of(e)}",
+            hint="the same command",
+        )
     match status_of(e):
         case 401:
-            return NotLoggedIn("the Hub does not accept the token", hint="hf auth login")
+            return NotLoggedIn("the Hub does not accept the token", hint=_login())
         case 403:
             return Forbidden(
                 f"the token may not {verb} {repo_id}" + (f": {said}" if said else ""),
-                hint=f"one that may: {constants.ENDPOINT}/settings/tokens, then hf auth login"
+                hint=f"one that may: {constants.ENDPOINT}/settings/tokens, then {_login()}"
                 if write
                 else f"see {page}",
             )
@@ -286,10 +306,23 @@ def translated(
             reason = f"status {status}"
         case _:
             reason = type(e).__name__
-    return Network(
-        f"the Hub could not be reached for {repo_id} ({reason})",
-        hint="the same command, once the connection is back",
-    )
+    hint = "the same command, once the connection is back"
+    if not connected(e) and "HF_ENDPOINT" in os.environ:
+        hint += f"; HF_ENDPOINT is {printable(constants.ENDPOINT)}"
+    return Network(f"the Hub could not be reached for {repo_id} ({reason})", hint=hint)
+
+
+def _of_storage(e: Exception) -> bool:
+    """Whether it was not the Hub that answered, but where it keeps large files: by URLs that it
+    signs for a while, and without a token."""
+    return bool(sent_headers(e)) and "authorization" not in sent_headers(e) and not _asked_hub(e)
+
+
+def _asked_hub(e: Exception) -> bool:
+    from huggingface_hub import constants
+
+    url = str(getattr(getattr(e, "response", None), "url", ""))
+    return url.startswith(f"{constants.ENDPOINT}/")
 
 
 def server_message(e: Exception) -> str:
@@ -307,4 +340,10 @@ def sent_headers(e: Exception) -> Mapping[str, str]:
 
 
 def _no_usable_token() -> NotLoggedIn:
-    return NotLoggedIn("no usable token for the Hub", hint="hf auth login")
+    return NotLoggedIn("no usable token for the Hub", hint=_login())
+
+
+def _login() -> str:
+    """The command that gives another token; one in the environment would go before it."""
+    names = [n for n in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(n)]
+    return f"unset {' '.join(names)}; hf auth login" if names else "hf auth login"

@@ -11,7 +11,7 @@ was cut, and finds nothing to do where it was finished.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qconvert.errors import ContractViolation, HubError, printable
@@ -77,7 +77,7 @@ def publish(
     card = files.get(CARD_NAME)
     if card is not None and not to.exists:  # no repository is made for a card that is refused
         validate_card(to.repo_id, card.path.read_bytes())
-    known, to = to.exists, create(to)
+    known, to = to.exists, _created(to)
     tree = tree_of(to.repo_id, to.head) if to.head else {}
     wanted = {name: file.content for name, file in files.items()} | dict(elsewhere.contents)
     outcome = Outcome(wanted, stale(tree, wanted))
@@ -110,6 +110,18 @@ def publish(
         uploaded_bytes=sum(file.content.size for file in new.values()),
         deleted=outcome.gone,
     )
+
+
+def _created(to: Target) -> Target:
+    """`create`, with a warning if somebody moved the branch since `to` was looked at."""
+    made = create(to)
+    if to.head is None or made.head == to.head:
+        return made
+    moved = (
+        f"{to.branch} of {to.repo_id} was moved by somebody else, from {to.head} to {made.head}: "
+        "the result is on top of that"
+    )
+    return replace(made, warnings=(*made.warnings, moved))
 
 
 def validate_card(repo_id: str, card: bytes) -> None:

@@ -81,7 +81,10 @@ def gate(folder: Path, *, unverified: bool) -> JSON | None:
     Raises UsageError, with what would let it through, and ContractViolation for a broken manifest.
     """
     if not folder.is_dir():
-        raise NotFound("no such folder", file=folder)
+        raise NotFound(
+            f"no such folder: {printable(folder)}",
+            hint="push takes the folder first, then the repository: qconvert push FOLDER ORG/NAME",
+        )
     try:
         document = manifest.read(folder)
     except (OSError, ValueError) as error:

@@ -77,7 +77,7 @@ def find(options: PushOptions, default_name: str, source: Repository | None) -> 
     `source` is None where it is not known to be on the Hub. Raises NotLoggedIn, Forbidden,
     UsageError for options that cannot be followed, NotFound, Network.
     """
-    _refuse_impossible(options)
+    _refuse_impossible(options, source)
     you = _whoami(options.repo_id or default_name)
     repo_id = options.repo_id or default_name
     if "/" not in repo_id:
@@ -95,6 +95,7 @@ def find(options: PushOptions, default_name: str, source: Repository | None) -> 
         private = options.private if options.private is not None else not known_open
         target = Target(repo_id, exists=False, private=private, revision=options.revision)
     else:
+        _refuse_source(info.id, options, source)
         target = _existing(info, options, you, source)
     return replace(target, warnings=_warnings(target, options, source))
 
@@ -167,7 +168,10 @@ def head_of(repo_id: str, revision: str = MAIN) -> str | None:
     return info.sha
 
 
-def _refuse_impossible(options: PushOptions) -> None:
+def _refuse_impossible(options: PushOptions, source: Repository | None) -> None:
+    if options.repo_id is not None and not options.repo_id.strip():
+        raise UsageError("no repository named to push to", hint="--repo-id ORG/NAME")
+    _refuse_source(options.repo_id or "", options, source)
     if options.revision is not None and _COMMIT.fullmatch(options.revision):
         raise UsageError(
             f"--push-revision {options.revision} is a commit: a push goes to a branch",
@@ -176,6 +180,16 @@ def _refuse_impossible(options: PushOptions) -> None:
     if options.create_pr and options.revision is not None:
         raise UsageError(
             "--create-pr opens a pull request on the main branch: it takes no --push-revision"
+        )
+
+
+def _refuse_source(repo_id: str, options: PushOptions, source: Repository | None) -> None:
+    """Raises UsageError where the result would take the place of what it was made from."""
+    on_main = options.revision in (None, MAIN) and not options.create_pr
+    if source is not None and on_main and repo_id.lower() == source.id.lower():
+        raise UsageError(
+            f"{printable(source.id)} is the source: its weights would be replaced by the result",
+            hint="--repo-id ORG/NAME, or another branch of it with --push-revision BRANCH",
         )
 
 

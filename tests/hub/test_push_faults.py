@@ -137,11 +137,41 @@ def test_an_upload_that_is_cut(desk: Desk, tmp_path: Path, kind: str, parts: boo
     complete(desk.hub)
 
 
+@pytest.mark.parametrize("kind", ["corrupt", "expire-token"])
+def test_an_upload_that_the_storage_refuses_is_sent_again(
+    desk: Desk, tmp_path: Path, kind: str
+) -> None:
+    fault = desk.hub.fault("PUT /upload/", kind)
+    said = desk.push(result(tmp_path / "out"), REPO)
+    assert ("error" in said, fault.seen) == (False, 1), said
+    complete(desk.hub)
+
+
+def test_a_storage_that_refuses_is_not_the_token(desk: Desk, tmp_path: Path) -> None:
+    desk.hub.fault("PUT /upload/", "expire-token", times=99)
+    said = desk.push(result(tmp_path / "out"), REPO)
+    assert (said["error"], said["hint"]) == ("Network", "the same command")
+    assert "the storage behind the Hub" in said["message"]
+
+
+def test_a_branch_that_moves_while_files_are_hashed_is_said(desk: Desk, tmp_path: Path) -> None:
+    desk.hub.add_repo(REPO, {"notes.txt": b"mine"})
+    asked, seen = desk.hub.fault("GET .*auth-check/write", "slow", seconds=0.5), len(desk.hub.log)
+    desk.start("push", result(tmp_path / "out"), {"repo_id": REPO})
+    desk.until("auth-check/write", seen)
+    moved = desk.hub.repo(REPO).push({"theirs.txt": b"x"})
+    said = desk.answer()
+    assert asked.seen == 1
+    (warning,) = [w for w in said["warnings"] if "moved by somebody else" in w]
+    assert moved in warning
+    complete(desk.hub)
+
+
 def test_an_upload_that_is_interrupted_is_not_sent_again(desk: Desk, tmp_path: Path) -> None:
     folder = result(tmp_path / "out")
     desk.hub.fault(COMMIT, "expire-token")
     said = desk.push(folder, REPO)
-    assert (said["error"], said["hint"]) == ("NotLoggedIn", "hf auth login")
+    assert (said["error"], said["hint"]) == ("NotLoggedIn", "unset HF_TOKEN; hf auth login")
     uploads = len(desk.hub.requests("^PUT /upload/"))
     desk.hub.tokens[TOKEN].expired = False
     desk.push(folder, REPO)

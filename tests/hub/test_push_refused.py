@@ -119,6 +119,22 @@ def test_a_closed_source_does_not_go_into_an_open_repository(desk: Desk, tmp_pat
     assert "will be public" in desk.push(gated, "acme/open", private=False)["warnings"][0]
 
 
+@pytest.mark.parametrize("spelt", ["acme/base", "ACME/Base"])
+def test_a_result_does_not_replace_its_source(desk: Desk, tmp_path: Path, spelt: str) -> None:
+    before = desk.hub.add_repo("acme/base", {"model.safetensors": b"whole"}).head()
+    folder = result(tmp_path / "out", repo_id="acme/base")
+    said = desk.push(folder, spelt)
+    assert (said["error"], said["message"][:23]) == ("UsageError", "acme/base is the source"), said
+    assert desk.hub.repo("acme/base").head() == before
+    assert desk.push(folder, spelt, revision="int4")["sent"]
+    assert desk.hub.repo("acme/base").head() == before
+
+
+def test_an_empty_name_is_not_the_default_one(desk: Desk, tmp_path: Path) -> None:
+    said = desk.push(result(tmp_path / "out"), "")
+    assert (said["error"], said["hint"]) == ("UsageError", "--repo-id ORG/NAME")
+
+
 def test_only_what_was_proved(desk: Desk, tmp_path: Path) -> None:
     seen = len(desk.hub.log)
     for verdict in (None, "failed", "perfect"):

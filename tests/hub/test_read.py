@@ -243,7 +243,8 @@ def test_tokens(kind: str, hub: Hub, tmp_path: Path) -> None:
     (answer,), stderr = ask(OPENED, [("org/private",)], hub.env(tmp_path, token))
     assert answer.get("error") == error, (answer, stderr)
     if error:
-        assert answer["hint"] == "hf auth login"
+        asked = "" if token is None else "unset HF_TOKEN; "  # it would go before a login
+        assert answer["hint"] == asked + "hf auth login"
     else:
         assert answer["private"] is True
     assert "hf_" not in f"{answer}{stderr}"
