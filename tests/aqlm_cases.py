@@ -66,7 +66,9 @@ def write_aqlm(
         with Solution([solved]) as solution:
             poured = pour(plan, staged, threads=2, solution=solution)
         write_side_files(plan, staged.tree)
-        document = manifest.make_manifest(plan, verb="aqlm", options={}, command="", verdict=None, reports=())
+        document = manifest.make_manifest(
+            plan, verb="aqlm", options={}, command="", verdict=None, reports=()
+        )
         staging.write_file(staged.tree / card.NAME, card.render(document))
         small = [*plan.generated, *plan.copied, card.NAME]
         hashes = {name: sealed.sha256 for name, sealed in poured.sealed.items()}
