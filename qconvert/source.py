@@ -25,6 +25,10 @@ from qconvert.tensors import identity, read_exactly
 from qconvert.types import ITEMSIZE, Array, Checkpoint, Repository, TensorInfo
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_AROUND_ID = re.compile(
+    r"(https?://[^/]+/)?(?P<id>[\w.-]+/[\w.-]+)(/tree/(?P<tree>[\w.-]+))?(@(?P<at>[\w./-]+))?/*",
+    re.ASCII,
+)
 _ALSO_SMALL = ("README.md",)
 """Read beside config and index: the licence and other facts that the card carries over."""
 
@@ -45,7 +49,9 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
         if revision is not None:
             raise UsageError(f"--revision is for Hub repositories; {printable(model)} is a folder")
         if not exists:
-            raise NotFound(f"no such folder: {printable(model)}", hint=did_you_mean(model))
+            raise NotFound(
+                f"no such folder: {printable(model)}", hint=did_you_mean(model) or _as_id(model)
+            )
         return open_folder(local, name="demo" if model == "demo" else None)
     try:
         return open_repository(model, revision)
@@ -69,7 +75,7 @@ def open_repository(
     from qconvert.hub import snapshot, tree
 
     try:
-        repository = tree.resolve(repo_id, revision)
+        repository = tree.resolve_model(repo_id, revision)
     except Network as why:
         root, repository = snapshot.cached(repo_id, revision, why)
         return open_folder(root, repository=repository, quantized=quantized)
@@ -124,6 +130,16 @@ def did_you_mean(model: str) -> str:
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.7)
     found = " or ".join(printable(name if name == "demo" else path.parent / name) for name in close)
     return f"did you mean {found}?" if found else ""
+
+
+def _as_id(model: str) -> str:
+    """A hint where `model` is a Hub id with something around it: a page's URL, a revision."""
+    found = _AROUND_ID.fullmatch(model)
+    if not found or looks_local(found["id"]):
+        return ""
+    revision = found["at"] or found["tree"]
+    with_revision = f" with --revision {revision}" if revision else ""
+    return f"did you mean {found['id']}{with_revision}, on the Hub?"
 
 
 def open_folder(

@@ -489,3 +489,20 @@ def test_a_config_that_json_wrote_comes_out_as_json_writes_it(config: dict[str, 
     want["quantization_config"] = QUANTIZATION
     assert removed == ()
     assert data.decode() == json.dumps(want, indent=2, ensure_ascii=False) + "\n"
+
+
+IDS = {
+    "org/model/": "org/model",
+    "org/model@v1": "org/model with --revision v1",
+    "https://huggingface.co/org/model": "org/model",
+    "https://huggingface.co/org/model/tree/v1.0": "org/model with --revision v1.0",
+}
+NO_IDS = ["./no/where", "/no/where", "../no/where", "no//where", "where@v1", "https://elsewhere/"]
+
+
+@pytest.mark.parametrize("typed", [*IDS, *NO_IDS])
+def test_a_hub_id_with_something_around_it(typed: str) -> None:
+    with pytest.raises(NotFound, match="no such folder") as caught:
+        open_checkpoint(typed)
+    expected = f"did you mean {IDS[typed]}, on the Hub?" if typed in IDS else ""
+    assert caught.value.hint == expected

@@ -45,6 +45,8 @@ ANSWER_SECONDS = 120.0
 """Longest silence of the server. It may work on a commit of many files for most of that."""
 FIRST_WAIT = 0.5
 """Seconds before a request is repeated; twice as long each further time, up to half a minute."""
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})[^)]*\), domain: (\S+)")
+"""How hf_xet, whose errors carry no answer, words a refusal, and by whom."""
 MAX_WAIT = 300.0
 """Seconds; a server that asks for more patience is reported instead."""
 
@@ -202,6 +204,8 @@ def status_of(e: BaseException | None) -> int | None:
     """The HTTP status behind an exception of the library, or behind one of ours made of it."""
     if isinstance(e, QConvertError):
         e = e.__cause__
+    if type(e) is ConnectionError and (found := _XET_STATUS.search(str(e))):
+        return int(found[1]) if found[2].startswith(f"{_endpoint()}/") else None
     return getattr(getattr(e, "response", None), "status_code", None)
 
 
@@ -319,10 +323,14 @@ def _of_storage(e: Exception) -> bool:
 
 
 def _asked_hub(e: Exception) -> bool:
+    url = str(getattr(getattr(e, "response", None), "url", ""))
+    return url.startswith(f"{_endpoint()}/")
+
+
+def _endpoint() -> str:
     from huggingface_hub import constants
 
-    url = str(getattr(getattr(e, "response", None), "url", ""))
-    return url.startswith(f"{constants.ENDPOINT}/")
+    return constants.ENDPOINT
 
 
 def server_message(e: Exception) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.pushing import SHARDS, Desk, contents, pushed_names, result
+from tests.hub.pushing import SHARDS, TOKEN, Desk, contents, pushed_names, result
 
 pytest.importorskip("hf_xet")
 BIG = random.Random(3).randbytes(6_000_000)
@@ -70,3 +70,11 @@ def test_a_step_that_fails(desk: Desk, tmp_path: Path, step: str) -> None:
     assert "error" not in said, said
     assert fault.seen == 2
     assert set(desk.hub.repo(name).tree()) == pushed_names(files)
+
+
+def test_a_token_that_expires_is_not_a_lost_connection(desk: Desk, tmp_path: Path) -> None:
+    files = contents() | {SHARDS[0]: random.Random(9).randbytes(200_000)}
+    desk.hub.fault("xet-write-token", "expire-token")
+    said = desk.push(result(tmp_path / "out", files), "alice/expires")
+    desk.hub.tokens[TOKEN].expired = False
+    assert (said["error"], said["hint"]) == ("NotLoggedIn", "unset HF_TOKEN; hf auth login"), said
