@@ -133,7 +133,7 @@ def convert(
     clock.lap("plan")
 
     staged = Staging(destination, planned.fingerprint)
-    if request.hub_to_hub and (earlier := _published_earlier(planned, target)):
+    if request.hub_to_hub and (earlier := _published_earlier(request, planned, target)):
         return earlier
     if staged.finish_commit() or (target and staged.is_finished()):
         return _pushed(request, _finished_earlier(destination, planned), target, progress)
@@ -364,15 +364,17 @@ def _sink(
     return BranchSink(target, planned, most_on_disk=_SHARDS_ON_DISK, progress=progress)
 
 
-def _published_earlier(planned: Plan, target: Target | None) -> Result | None:
-    """The result of a run from Hub to Hub that ended before it could say so."""
+def _published_earlier(request: Request, planned: Plan, target: Target | None) -> Result | None:
+    """The result of a run from Hub to Hub that ended before it could say so, if it was proved
+    as far as it is to be now."""
     from qconvert.hub.branch import finished
 
     found = finished(target, planned) if target else None
     if found is None:
         return None
     pushed, document = found
-    return replace(_finished(document, planned, None), pushed=pushed)
+    earlier = replace(_finished(document, planned, None), pushed=pushed)
+    return None if request.validate and earlier.verdict is None else earlier
 
 
 def _pushed(

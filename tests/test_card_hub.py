@@ -75,3 +75,17 @@ def test_what_is_not_there_is_not_found(hub: Hub, tmp_path: Path) -> None:
     assert done.returncode in (3, 7)
     assert "org/nothing" in done.stderr
     assert "hint:" in done.stderr
+
+
+def test_original_weights_have_a_card_of_their_own(hub: Hub, tmp_path: Path) -> None:
+    original = {
+        "consolidated.00.pth": b"x",
+        "params.json": b"{}",
+        "README.md": FOREIGN.encode(),
+        "RESULTS.md": b"x",
+    }
+    hub.add_repo("meta/llama", original)
+    hub.add_repo("meta/llama-hf", {"config.json": b"{}", "model.safetensors": WEIGHTS})
+    done = run(hub, tmp_path, "meta/llama", "--lint", "--json")
+    assert json.loads(done.stdout)["errors"] == 0, done.stdout + done.stderr
+    assert not any("llama-hf" in request.path for request in hub.log)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qconvert.cli import options as opt
-from qconvert.errors import printable
+from qconvert.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from qconvert.hub.push import Pushed
@@ -53,6 +53,8 @@ def push(
     from qconvert.cli.progress import progress_bar
     from qconvert.hub import push as pushing
 
+    if repo and repo_id and repo != repo_id:
+        raise UsageError(f"{printable(repo)} or --repo-id {printable(repo_id)}: where to?")
     screen = show.Screen(json=json, quiet=quiet)
     with progress_bar(enabled=screen.talks) as progress:
         outcome = pushing.push(

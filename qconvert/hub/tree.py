@@ -40,22 +40,25 @@ _ORIGINAL = re.compile(r"consolidated(\.\d+)?\.pth")
 """Weights as the authors of Llama trained them, with a params.json instead of a config.json."""
 
 
-def resolve(model: str, revision: str | None = None) -> Repository:
-    """The repository `model` at `revision` (a branch, tag or commit; the main branch by default).
+def resolve_model(model: str, revision: str | None = None) -> Repository:
+    """The repository whose weights are meant by `model` at `revision`; otherwise as `resolve`.
 
     A repository of original-format weights alone resolves to its twin in the Transformers format,
-    `<id>-hf`, where that can be read, with a warning. Raises NotFound, Gated, NotLoggedIn,
-    Forbidden, Network, UnsafeFormat, or UnsafePath for a name that would be read and is no plain
-    one; other odd names are left out.
+    `<id>-hf`, where that can be read, with a warning. Raises UnsafeFormat where it cannot.
     """
-    repository = _resolve(model, revision)
+    repository = resolve(model, revision)
     original = sorted(filter(_ORIGINAL.fullmatch, repository.files))
     if modelconfig.FILE in repository.files or not original:
         return repository
     return _twin(repository, original[0])
 
 
-def _resolve(model: str, revision: str | None) -> Repository:
+def resolve(model: str, revision: str | None = None) -> Repository:
+    """The repository `model` at `revision` (a branch, tag or commit; the main branch by default).
+
+    Raises NotFound, Gated, NotLoggedIn, Forbidden, Network, or UnsafePath for a name that would be
+    read and is no plain one; other odd names are left out.
+    """
     from huggingface_hub import HfApi
 
     info = client.call(
@@ -106,7 +109,7 @@ def _twin(repository: Repository, original: str) -> Repository:
     twin_id = f"{repository.id}-hf"
     what = f"{repository.id} has weights in their authors' own format only ({original})"
     try:
-        twin = _resolve(twin_id, None)
+        twin = resolve(twin_id)
         if shards.WEIGHTS not in twin.files and shards.INDEX not in twin.files:
             raise shards.no_weights(twin.files, twin_id)
         snapshot.small_files(twin, [modelconfig.FILE])  # the list of a gated repository is public

@@ -123,6 +123,8 @@ def test_the_command(desk: Desk, tmp_path: Path) -> None:
     assert set(desk.hub.repo("acme/cli").tree()) == pushed_names()
     again = cli(desk.hub, tmp_path, "push", folder, "--repo-id", "acme/cli", "--json")
     assert '"already": true' in again.stdout
+    torn = cli(desk.hub, tmp_path, "push", folder, "acme/cli", "--repo-id", "acme/other")
+    assert torn.returncode == 2, torn.stderr
     refused = cli(desk.hub, tmp_path, "push", folder, token=None)
     assert refused.returncode == 7
     assert "hint: hf auth login" in refused.stderr

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,3 +63,24 @@ def test_a_source_of_which_the_hub_says_nothing_is_not_taken_for_open(
     run(served, home, *words)
     assert down.seen
     assert served.repo("alice/model-HQQ-4bit").private
+
+
+def test_what_was_published_without_a_proof_is_proved_when_that_is_asked_for(
+    served: Hub, tmp_path: Path
+) -> None:
+    words = ("int8", "org/model", "--stream", "--push", "--repo-id", "org/small")
+    run(served, tmp_path, *words, "--no-validate", "--push-unverified")
+
+    def manifest() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(served.repo("org/small").read("qconvert-manifest.json"))
+        return found
+
+    first = manifest()
+    assert first["validation"]["verdict"] is None
+    run(served, tmp_path, *words)
+    assert manifest()["validation"]["verdict"] in ("verified", "checked")
+    assert weights_of(manifest()) == weights_of(first)
+
+
+def weights_of(manifest: dict[str, Any]) -> dict[str, str]:
+    return {n: sha for n, sha in manifest["files"].items() if n.endswith(".safetensors")}
