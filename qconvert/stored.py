@@ -55,6 +55,8 @@ from qconvert.types import (
 MAX_MANIFEST_BYTES = 200_000_000
 SMALL_BYTES = 4096
 """Tensors up to this size are small: a quant_state, HQQ's scalars, the codebook of a codebook."""
+_MOST_SMALL = 1 << 28
+"""Bytes of them that are kept; more, which forty thousand layers do not have, are read one by one."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,8 @@ def _small_tensors(checkpoint: Checkpoint) -> dict[str, bytes]:
     from qconvert.hub.ranges import fetch_many
 
     small = [info for info in checkpoint.tensors.values() if info.nbytes <= SMALL_BYTES]
+    if sum(info.nbytes for info in small) > _MOST_SMALL:
+        return {}
     spans = [(info.file, info.start, info.end) for info in small]
     found = fetch_many(checkpoint.repository, spans)
     return {info.name: data for info, data in zip(small, found, strict=True)}

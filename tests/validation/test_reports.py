@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qconvert import contract
+from qconvert import contract, text
 from qconvert.errors import ContractViolation, NumericMismatch, ReloadFailed, ValidationError
 from qconvert.types import Check, Report, Verdict
 from qconvert.validation import require, schema, verdict
@@ -127,3 +127,12 @@ def test_it_agrees_with_the_library(name: str, data: st.DataObject) -> None:
 def test_an_unknown_keyword_is_never_a_pass() -> None:
     with pytest.raises(ValueError, match="unknown keyword"):
         list(schema.violations({}, {"contains": {}}))
+
+
+def test_bytes_are_said_in_words_too() -> None:
+    data = {"loaded_bytes": 86_832, "peak_bytes": None, "bytes": 12, "device": "cpu"}
+    assert text.figures(data) == [
+        ("loaded bytes", "86,832 (86.8 kB)"),
+        ("bytes", "12"),
+        ("device", "cpu"),
+    ]
