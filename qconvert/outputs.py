@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,10 +156,22 @@ class Outputs:
         elif self._wait_for_room():
             self._hand_on(shard, sealed)
 
-    def finish(self) -> None:
-        """Waits until every full shard is sealed and taken; raises what one of them raised."""
-        await_all(self._sealing)
-        await_all(self._taking)
+    def finish(self, workers: Sequence[Future[None]]) -> None:
+        """Waits until the workers have ended and every full shard is sealed and taken.
+
+        Raises what the first of them raises, at once: the others may be waiting for bytes that
+        nobody makes room for any more. The kernel may hand a signal to any thread, and Python runs
+        its handler in the main thread, when that next wakes up: so it does not sleep for long.
+        """
+        while True:
+            futures = [*workers, *self._sealing, *self._taking]
+            pending = {future for future in futures if not future.done()}
+            for future in futures:
+                if future not in pending:
+                    future.result()
+            if not pending and len(futures) == len([*workers, *self._sealing, *self._taking]):
+                return
+            wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
 
     def close(self) -> None:
         """Ends the threads and closes what is open; after `abort`, as soon as they notice."""
@@ -227,16 +239,3 @@ class Outputs:
         except BaseException:
             self._abort.set()
             raise
-
-
-def await_all(futures: Iterable[Future[None]]) -> None:
-    """Waits for all of them, or raises what the first that fails raises.
-
-    The kernel may hand a signal to any thread, and Python runs its handler in the main thread,
-    when that next wakes up: so it does not sleep for long.
-    """
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()

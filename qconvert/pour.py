@@ -29,7 +29,7 @@ from qconvert import leftovers
 from qconvert.errors import NonFinite
 from qconvert.leftovers import Leftovers, Sealed
 from qconvert.origins import Copied, Origin, Quantize, Quantized, Solved
-from qconvert.outputs import OpenShard, Outputs, Sink, await_all
+from qconvert.outputs import OpenShard, Outputs, Sink
 from qconvert.solution import Solution
 from qconvert.source import Reader, SourceReader
 from qconvert.staging import Staging, output_errors
@@ -154,8 +154,7 @@ class _Pouring:
         work = self._work()
         pool = ThreadPoolExecutor(threads, "pour")
         try:
-            await_all([pool.submit(self._worker, work) for _ in range(threads)])
-            self.outputs.finish()
+            self.outputs.finish([pool.submit(self._worker, work) for _ in range(threads)])
         except BaseException:
             self.abort.set()
             if self.streamed:  # a worker may be waiting for bytes that nobody makes room for

@@ -12,7 +12,7 @@ import pytest
 
 from qconvert.conversion import Request, convert
 from qconvert.conversion import plan as make_plan
-from qconvert.errors import CorruptFile
+from qconvert.errors import CorruptFile, Network
 from qconvert.leftovers import Sealed
 from qconvert.outputs import shards_at_once
 from qconvert.pour import pour
@@ -127,6 +127,13 @@ class Streamed(SourceReader):
             for file in files
         }
         self._changed = threading.Condition()
+        self._ended = False
+
+    def close(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        super().close()
 
     def release(self, tensor: TensorInfo) -> None:
         with self._changed:
@@ -135,7 +142,8 @@ class Streamed(SourceReader):
 
     def check(self, file: str) -> None:
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._left[file], PATIENCE):
+            over = self._changed.wait_for(lambda: self._ended or not self._left[file], PATIENCE)
+            if self._ended or not over:
                 raise CorruptFile("never comes to its end", file=file)
 
 
@@ -146,7 +154,11 @@ class Away:
     most_on_disk: int
     done: dict[str, Sealed]
 
+    refuses: str = ""
+
     def take(self, shard: Shard, path: Path, sealed: Sealed) -> None:
+        if shard.name == self.refuses:
+            raise Network("no way there")
         self.done[shard.name] = sealed
 
 
@@ -182,3 +194,15 @@ def test_shards_that_are_full_out_of_turn_do_not_block_each_other(
             sink=sink,
         )  # fmt: skip
     assert list(sink.done) == [shard.name for shard in plan.shards]
+
+
+def test_a_shard_that_cannot_be_sent_ends_it_all(model: Path, tmp_path: Path) -> None:
+    """Though the next ones wait for source files that nobody goes on with."""
+    plan = make_plan(Request(str(model), "int8", max_shard_bytes=9_000))
+    staging = Staging(tmp_path / "out", plan.fingerprint)
+    sink = Away(1, {}, refuses=plan.shards[1].name)
+    began = time.monotonic()
+    with staging.open(), pytest.raises(Network):
+        pour(plan, staging, threads=2, source=lambda files: Streamed(plan, files), sink=sink)
+    assert list(sink.done) == [plan.shards[0].name]
+    assert time.monotonic() - began < PATIENCE / 2
