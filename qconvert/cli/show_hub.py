@@ -22,9 +22,10 @@ def source_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     if known is None:
         return []
     access = [word for word in ("private", "gated") if known[word]]
+    other = "public" if known["private"] is False else "unknown: the Hub was not asked"
     return [
         ("licence", escape(printable(known["licence"] or "not stated"))),
-        ("access", " and ".join(access) or "public"),
+        ("access", " and ".join(access) or other),
         *([("download", human_bytes(known["download_bytes"]))] if checkpoint.remote else []),
     ]
 

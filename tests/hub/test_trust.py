@@ -63,6 +63,8 @@ def test_a_source_of_which_the_hub_says_nothing_is_not_taken_for_open(
     run(served, home, *words)
     assert down.seen
     assert served.repo("alice/model-HQQ-4bit").private
+    said = run(served, home, "plan", "hqq", "org/model", "--bits", "4", "--revision", commit)
+    assert "the Hub was not asked" in said
 
 
 def test_what_was_published_without_a_proof_is_proved_when_that_is_asked_for(
