@@ -87,6 +87,11 @@ def test_without_a_repository_there_is_no_base_model_but_the_relation() -> None:
             {"license": "other", "license_name": "my-own-v1.2", "license_link": "LICENSE"},
         ),
         (
+            {"license": "other", "license_name": "My+Own Licence"},
+            True,
+            {"license": "other", "license_name": "my-own-licence"},
+        ),
+        (
             {"license_name": "x", "license_link": "TERMS.md"},
             True,
             {

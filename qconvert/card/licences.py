@@ -29,6 +29,7 @@ card with any other."""
 TEXT = re.compile(r"(?:licen[cs]e|copying|use_policy)([-_.][\w.-]*)?", re.ASCII | re.IGNORECASE)
 """Files that a licence stands in."""
 
+_NAME = re.compile(r"[a-z0-9.-]{1,64}")
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
@@ -46,10 +47,10 @@ def stated(
     accepted = [_accepted(word, on_hub=source_id is not None) for word in words]
     if words and all(accepted) and "other" not in accepted:
         found: JSON = {"license": accepted if len(accepted) > 1 else accepted[0]}
-        found["license_name"] = card.get("license_name")
+        found["license_name"] = _name(card)
     elif words or card.get("license_name") or link:
         strange = next((word for word in words if word.lower() != "other"), "")
-        name = card.get("license_name") or slug(strange) or "see-link"
+        name = _name(card) or slug(strange) or "see-link"
         found = {"license": "other", "license_name": name}
         link = link or _text_beside(files) or _page(source_id)
     else:
@@ -60,6 +61,12 @@ def stated(
 def slug(words: str) -> str:
     """ "My Licence, v1" → "my-licence-v1", which is what the Hub wants of a name."""
     return "-".join(re.findall(r"[a-z0-9]+(?:\.[0-9]+)*", words.lower()))[:64].rstrip("-.")
+
+
+def _name(card: JSON) -> str:
+    """The licence's name in letters that the Hub takes: with others it refuses the whole card."""
+    name: str = card.get("license_name") or ""
+    return name if _NAME.fullmatch(name) else slug(name)
 
 
 def _words(card: JSON) -> list[str]:
