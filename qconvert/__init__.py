@@ -19,12 +19,14 @@ if TYPE_CHECKING:
         Plan,
         Pushed,
         PushOptions,
+        Reproduction,
         Result,
         Validation,
         convert,
         open_checkpoint,
         plan,
         push,
+        reproduce,
         validate,
     )
 
@@ -32,6 +34,7 @@ __all__ = [
     "Plan",
     "PushOptions",
     "Pushed",
+    "Reproduction",
     "Result",
     "Validation",
     "__version__",
@@ -39,6 +42,7 @@ __all__ = [
     "open_checkpoint",
     "plan",
     "push",
+    "reproduce",
     "validate",
 ]
 

@@ -19,14 +19,15 @@ from qconvert.hub.push import Pushed, push
 from qconvert.hub.target import PushOptions
 from qconvert.layout import DEFAULT_SHARD_BYTES
 from qconvert.pour import Progress
+from qconvert.reproduction import Reproduction, reproduce
 from qconvert.request import Request, Result
 from qconvert.source import open_checkpoint
 from qconvert.types import Plan
 from qconvert.validation.folder import Validation, validate_folder
 
 __all__ = [
-    "Plan", "PushOptions", "Pushed", "Result", "Validation", "convert", "open_checkpoint", "plan",
-    "push", "validate",
+    "Plan", "PushOptions", "Pushed", "Reproduction", "Result", "Validation", "convert",
+    "open_checkpoint", "plan", "push", "reproduce", "validate",
 ]  # fmt: skip
 
 
@@ -126,12 +127,18 @@ def validate(
     path: str | Path,
     *,
     against: str | Path | None = None,
+    revision: str | None = None,
     levels: Collection[str] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Validation:
-    """Proves a quantized folder, against its source if one is given; writes nothing."""
-    return validate_folder(path, against=against, levels=levels, device=device, progress=progress)
+    """Proves a quantized folder or Hub repository, against its source if one is given.
+
+    Writes nothing. `path` and `against` are folders or Hub ids, `revision` is the repository's.
+    """
+    return validate_folder(
+        path, against=against, revision=revision, levels=levels, device=device, progress=progress
+    )
 
 
 def _calibration(

@@ -56,7 +56,7 @@ MAX_MANIFEST_BYTES = 200_000_000
 SMALL_BYTES = 4096
 """Tensors up to this size are small: a quant_state, HQQ's scalars, the codebook of a codebook."""
 _MOST_SMALL = 1 << 28
-"""Bytes of them that are kept; more, which forty thousand layers do not have, are read one by one."""
+"""Bytes of them that are kept; more, which 40,000 layers do not have, are read one by one."""
 
 
 @dataclass(frozen=True)

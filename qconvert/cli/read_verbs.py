@@ -120,14 +120,14 @@ def reproduce(
     A calibrated method on another device, or with other libraries, may choose other codes: then
     the errors of all layers are compared.
     """
-    from qconvert import reproduce as again
+    from qconvert import reproduction
     from qconvert.cli import show_reproduction
     from qconvert.cli.progress import progress_bar
     from qconvert.cli.show_calibration import listener
 
     talks = not (json or quiet)
     with progress_bar(enabled=talks) as progress:
-        found = again.reproduce(
+        found = reproduction.reproduce(
             path,
             revision=revision,
             source=source,
@@ -140,7 +140,7 @@ def reproduce(
         )
     if not quiet:
         show_reproduction.show(found, json=json)
-    again.require(found)
+    reproduction.require(found)
 
 
 def formats(json: opt.Json = False) -> None:

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from qconvert.cli.show import console, print_json
 from qconvert.errors import printable
-from qconvert.reproduce import TOLERANCE, Outcome, Reproduction
+from qconvert.reproduction import TOLERANCE, Outcome, Reproduction
 from qconvert.text import human_seconds
 
 _COLOURS = {Outcome.IDENTICAL: "green", Outcome.WITHIN: "yellow", Outcome.DIFFERENT: "red"}

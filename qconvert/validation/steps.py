@@ -53,7 +53,7 @@ class Reload:
         torch.manual_seed(self.seed)
         by_hqq = stored.container.name == "hqq"
         dtype = loaders.compute_dtype(stored, self.device)
-        self.data["dtype"] = str(dtype).removeprefix("torch.")
+        self.data |= {"dtype": str(dtype).removeprefix("torch."), "seed": self.seed}
 
         self.tell("own dequantization")
         own: loaders.Loaded | None = loaders.dequantized(stored, dtype, self.device)

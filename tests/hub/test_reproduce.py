@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from qconvert.errors import ContractViolation, CorruptFile, NotFound, UsageError
-from qconvert.reproduce import Outcome, Reproduction, require
-from qconvert.reproduce import reproduce as again
+from qconvert.reproduction import Outcome, Reproduction, require
+from qconvert.reproduction import reproduce as again
 from qconvert.staging import MANIFEST_NAME
 from tests.aqlm_runs import source as aqlm_source
 from tests.hub.runs import TOKEN, run
