@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Protocol
 
-from qconvert import digest, modelconfig, shards, sidefiles
+from qconvert import modelconfig, shards, sidefiles
 from qconvert.errors import CorruptFile, Network, NotFound, UsageError, printable
 from qconvert.safepath import open_regular, read_bytes, regular_file
 from qconvert.tensors import identity, read_exactly
@@ -276,19 +276,13 @@ class SourceReader:
     def check(self, file: str) -> None:
         """Raises CorruptFile if the file has changed, or is not what the Hub's tree says."""
         self.check_unchanged(file)
-        expected = self._checkpoint.files[file].sha256
-        local = self._file(file)
-        if expected is None or file in self._hashed or not isinstance(local, _LocalFile):
+        repository = self._checkpoint.repository
+        promised = repository.files.get(file) if repository else None
+        if promised is None or self._checkpoint.remote or file in self._hashed:
             return
-        found = digest.sha256(local.descriptor, self._closed)
-        if found != expected and not self._closed.is_set():
-            raise CorruptFile(
-                "not what the Hub's tree says",
-                file=self._checkpoint.root / file,
-                expected=f"sha256 {expected}",
-                got=found,
-                hint=f"rm {regular_file(self._checkpoint.root, file)} and run the same command",
-            )
+        from qconvert.hub import snapshot
+
+        snapshot.compare(self._checkpoint.root, file, promised, self._closed)
         self._hashed.add(file)
 
     def check_unchanged(self, file: str) -> None:

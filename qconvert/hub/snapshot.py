@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from qconvert import digest, modelconfig, shards, sidefiles
@@ -49,7 +50,7 @@ def small_files(repository: Repository, names: Sequence[str]) -> Path:
         paths = list(threads.map(lambda name: _file(repository, name), names))
     root = paths[0].parents[names[0].count("/")]
     for name in names:
-        _compare(root, name, repository.files[name])
+        compare(root, name, repository.files[name])
     return root
 
 
@@ -143,24 +144,24 @@ def _file(repository: Repository, name: str) -> Path:
     )
 
 
-def _compare(root: Path, name: str, promised: RemoteFile) -> None:
-    """Raises CorruptFile unless the file in the cache is the one in the tree."""
+def compare(root: Path, name: str, promised: RemoteFile, stop: Event | None = None) -> None:
+    """Raises CorruptFile unless the file in the cache is the one in the tree; `stop` ends it."""
     path = regular_file(root, name)
     if promised.sha256 is not None:
         kind, expected = "sha256", promised.sha256
         descriptor = open_regular(path, name)
         try:
-            found = digest.sha256(descriptor)
+            found = digest.sha256(descriptor, stop)
         finally:
             os.close(descriptor)
     else:
         kind, expected = "git blob", promised.oid
         data = read_bytes(root, name, promised.size)
         found = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-    if found != expected:
+    if found != expected and not (stop and stop.is_set()):
         raise CorruptFile(
             "not what the Hub's tree says",
-            file=path,
+            file=root / name,
             expected=f"{kind} {expected}",
             got=found,
             hint=f"rm {path} and run the same command",

@@ -50,7 +50,7 @@ def resolve_model(model: str, revision: str | None = None) -> Repository:
     original = sorted(filter(_ORIGINAL.fullmatch, repository.files))
     if modelconfig.FILE in repository.files or not original:
         return repository
-    return _twin(repository, original[0])
+    return _twin(repository, original[0], revision)
 
 
 def resolve(model: str, revision: str | None = None) -> Repository:
@@ -100,14 +100,22 @@ def _files(listed: Iterable[Any], repo_id: str) -> Mapping[str, RemoteFile]:
     return files
 
 
-def _twin(repository: Repository, original: str) -> Repository:
-    """`<id>-hf`, if it is there for this user to read; raises UnsafeFormat otherwise."""
+def _twin(repository: Repository, original: str, revision: str | None) -> Repository:
+    """`<id>-hf`, if it is there for this user to read; raises UnsafeFormat otherwise.
+
+    It has commits of its own: of another repository's `revision` nothing is known there.
+    """
     from huggingface_hub import constants
 
     from qconvert.hub import snapshot
 
     twin_id = f"{repository.id}-hf"
     what = f"{repository.id} has weights in their authors' own format only ({original})"
+    if revision is not None:
+        raise UnsafeFormat(
+            f"{what} at revision {printable(revision)}",
+            hint=f"leave --revision out, or name {twin_id} and a revision of that",
+        )
     try:
         twin = resolve(twin_id)
         if shards.WEIGHTS not in twin.files and shards.INDEX not in twin.files:

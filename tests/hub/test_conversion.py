@@ -73,6 +73,30 @@ def test_a_download_and_a_stream_make_the_same_files(
     assert one["source"]["revision"] == served.repo("org/model").branches["main"]
 
 
+def test_a_plan_is_that_of_the_folder_and_tells_what_the_hub_says(
+    served: Hub, tmp_path: Path, model: Path
+) -> None:
+    card = b"---\nlicense: other\nlicense_name: tiny-licence\n---\n"
+    files = {path.name: path for path in model.iterdir()} | {"README.md": card}
+    served.add_repo("org/licensed", files, gated="auto")
+    served.repo("org/licensed").granted.add("alice")
+    words = ("plan", "hqq", "org/licensed", *OPTIONS, "--push", "--repo-id", "org/result")
+    found = json.loads(run(served, tmp_path, *words, "--json"))
+    folder = json.loads(run(served, tmp_path, "plan", "hqq", str(model), *OPTIONS, "--json"))
+    same = folder.keys() - {"source", "revision", "repository", "target", "fingerprint"}
+    assert {key: found[key] for key in same} == {key: folder[key] for key in same}
+    assert found["repository"]["licence"] == "tiny-licence"
+    assert found["repository"]["gated"] is True
+    assert found["target"]["repo_id"] == "org/result"
+    assert (found["target"]["exists"], found["target"]["private"]) == (False, True)
+    assert ("model", "org/result") not in served.repos  # a plan makes nothing
+    seen = run(served, tmp_path, *words)
+    for word in ("tiny-licence", "gated", "org/result (private, will be made)"):
+        assert word in seen
+    refused = run(served, tmp_path, *words[:-1], "someone/else", code=7)
+    assert "hint:" in refused
+
+
 PROGRESS = """
 import qconvert
 seen = []

@@ -190,6 +190,9 @@ def test_original_weights_lead_to_their_twin(hub: Hub, tmp_path: Path) -> None:
     hub.repo("meta/with").granted.add("alice")
     jobs = [("meta/with",), ("meta/both",), ("meta/without",), ("meta/gated",), ("meta/bare",)]
     (found, both, *refused), _ = ask(OPENED, jobs, hub.env(tmp_path, TOKEN))
+    ((pinned,), _) = ask(OPENED, [("meta/with", "main")], hub.env(tmp_path, TOKEN))
+    assert pinned["error"] == "UnsafeFormat"
+    assert "leave --revision out" in pinned["hint"]
     assert (found["repo_id"], found["asked"]) == ("meta/with-hf", "meta/with")
     assert found["revision"] == twin.at().oid
     assert found["gated"] is True  # the stricter of the two
