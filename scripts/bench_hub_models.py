@@ -21,6 +21,7 @@ from scripts.bench import HIDDEN, INTERMEDIATE, llama_config, llama_tensors
 from tests.hub.storage import Blob
 
 INDEX = "model.safetensors.index.json"
+VOCAB = 4096
 _NOISE = 1 << 24
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -119,12 +120,16 @@ def thousand(folder: Path, limit: int = 472_000_000) -> dict[str, bytes | Blob]:
 
 
 def llama(folder: Path, layers: int, limit: int) -> Path:
-    """A bf16 Llama with Gaussian weights of std 0.02, in shards; kept if it is there."""
+    """A bf16 Llama with Gaussian weights of std 0.02, in shards; kept if it is there.
+
+    Its vocabulary is small, so that no tensor is larger than a shard.
+    """
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    config = llama_config(layers, INTERMEDIATE)
-    side, weights = headers(llama_tensors(layers, INTERMEDIATE), config, limit)
+    ends = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (VOCAB, HIDDEN))
+    config = llama_config(layers, INTERMEDIATE) | {"vocab_size": VOCAB}
+    side, weights = headers(llama_tensors(layers, INTERMEDIATE) | ends, config, limit)
     noise = np.random.default_rng(0).standard_normal(_NOISE, dtype=np.float32) * 0.02
     block = (noise.view(np.uint32) >> 16).astype(np.uint16).tobytes()
     ones = np.full(HIDDEN, 0x3F80, np.uint16).tobytes()

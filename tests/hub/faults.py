@@ -56,6 +56,10 @@ class Faults:
         return None
 
 
+CREDIT = 0.1
+"""Seconds of unused line that may be made up for: else every late wake-up would cost bandwidth."""
+
+
 class Bucket:
     """Bytes a second, of all connections together; None is no limit."""
 
@@ -65,8 +69,8 @@ class Bucket:
         self._lock = threading.Lock()
 
     def piece(self, most: int) -> int:
-        """How many bytes to move at once: a fiftieth of a second's worth."""
-        return most if self.rate is None else min(most, max(4096, int(self.rate / 50)))
+        """How many bytes to move at once: so few that small answers need not wait for large."""
+        return most if self.rate is None else min(most, max(4096, int(self.rate / 300)))
 
     def take(self, count: int) -> None:
         """Waits until `count` more bytes may have passed."""
@@ -74,6 +78,6 @@ class Bucket:
             return
         with self._lock:
             now = time.monotonic()
-            self._free_at = max(self._free_at, now) + count / self.rate
+            self._free_at = max(self._free_at, now - CREDIT) + count / self.rate
             wait = self._free_at - now
-        time.sleep(wait)
+        time.sleep(max(wait, 0))
