@@ -50,8 +50,8 @@ def plan(
 ) -> Plan:
     """What `convert` would write, from headers and config alone; writes nothing.
 
-    `model` is a folder, a Hub id or "demo"; `method` one of "int8", "nf4", "fp4", "hqq", "aqlm".
-    `skip` is a regex of layers to keep in full precision, `overrides` are
+    `model` is a folder, a Hub id or "demo"; `method` one of "int8", "eetq", "nf4", "fp4", "hqq",
+    "aqlm". `skip` is a regex of layers to keep in full precision, `overrides` are
     `"REGEX=bits:4,group_size:64"`; `calibration` names a text, a folder, ids or a dataset.
     """
     return conversion.plan(

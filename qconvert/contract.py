@@ -133,6 +133,24 @@ class Contract:
         variants: Mapping[str, Any] = self.data["variants"]
         return variants
 
+    @property
+    def dtype(self) -> str | None:
+        """What everything that is not quantized is stored in, or None: as config.json says."""
+        dtype: str | None = self.data.get("dtype")
+        return dtype
+
+    @property
+    def caution(self) -> str:
+        """What whoever chooses this format must know beforehand, or ""."""
+        caution: str = self.data.get("caution", "")
+        return caution
+
+    @property
+    def no_reload(self) -> str:
+        """Why no stock loader can be tried in a process without a network, or ""."""
+        reason: str = self.data.get("no_reload", "")
+        return reason
+
     @cached_property
     def schema(self) -> dict[str, Any]:
         """JSON Schema (2020-12) of `quantization_config`."""

@@ -109,7 +109,8 @@ def make_plan(
     """
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     structure = linears.structure(checkpoint.config, shapes)
-    dtype = announced_dtype(checkpoint)
+    format_ = contract.load(container.name)
+    dtype = format_.dtype or announced_dtype(checkpoint)
     blocks = find_blocks(structure) if getattr(method, "calibrated", False) else None
     if blocks is not None and overrides:
         raise UsageError(
@@ -148,6 +149,8 @@ def make_plan(
         generated[INDEX_NAME] = index_json(shards, entries)
     refuse_ambiguous(draft)
     warnings = draft.warnings
+    if format_.caution:
+        warnings += (format_.caution,)
     if removed:
         warnings += (f"removed from config.json, since it runs code: {', '.join(removed)}",)
     if blocks is not None:

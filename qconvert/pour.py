@@ -34,7 +34,7 @@ from qconvert.solution import Solution
 from qconvert.source import Reader, SourceReader
 from qconvert.staging import Staging, output_errors
 from qconvert.tiles import global_name, tiles_of
-from qconvert.types import ITEMSIZE, JSON, Array, Parts, Plan, PlanEntry, Tile
+from qconvert.types import ITEMSIZE, JSON, TORCH_NAMES, Array, Parts, Plan, PlanEntry, Tile
 
 Progress = Callable[[int, int, str], None]
 """Called with (source bytes done, source bytes in all, what is at work), from any thread."""
@@ -299,7 +299,8 @@ class _Pouring:
 def unquantizable(found: Sequence[tuple[PlanEntry, object]], hint: str = "") -> NonFinite:
     """The error that names these tensors, each with what was found in it.
 
-    Unless `hint` says something else, it is how to keep them in full precision.
+    Unless `hint` says something else, it is how to keep them in full precision; which does not
+    help where the format's full precision is float16.
     """
     names = [entry.tensor.name for entry, _ in found]
     pattern = "|".join(re.escape(name.removesuffix(".weight")) for name in names)
@@ -308,6 +309,9 @@ def unquantizable(found: Sequence[tuple[PlanEntry, object]], hint: str = "") -> 
         what = f"{reason} in {entry.tensor.file}, tensor {names[0]}"
     else:
         what = f"NaN or Inf in {len(names)} tensors: {', '.join(names)}"
+    if not hint and any(entry.layer is None for entry, _ in found):
+        dtype = TORCH_NAMES[next(e.outputs[0].dtype for e, _ in found if e.layer is None)]
+        hint = f"what is not quantized is stored in {dtype} here; qconvert int8 keeps its dtype"
     return NonFinite(what, hint=hint or f"keep them in full precision with --skip '^({pattern})$'")
 
 

@@ -111,6 +111,14 @@ METHODS = (
         },
     ),
     MethodInfo(
+        verb="eetq",
+        summary="EETQ: 8 bits in the order of Turing's, Ampere's and Ada's tensor cores",
+        method="qconvert.methods.eetq:EETQ",
+        container="qconvert.containers.eetq:EETQ_CONTAINER",
+        format="eetq",
+        bits=(8,),
+    ),
+    MethodInfo(
         verb="aqlm",
         summary="AQLM: 4 to 1 bits, sums of codebook vectors chosen on calibration text",
         method="qconvert.methods.aqlm.schemes:build",

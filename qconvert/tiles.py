@@ -8,9 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qconvert import arrays
+from qconvert.errors import NonFinite
 from qconvert.lazy import np
 from qconvert.source import Reader
-from qconvert.types import ITEMSIZE, Array, Container, PlanEntry, TensorInfo, Tile, Write
+from qconvert.types import (
+    ITEMSIZE,
+    TORCH_NAMES,
+    Array,
+    Container,
+    PlanEntry,
+    TensorInfo,
+    Tile,
+    Write,
+)
 
 TILE_ELEMENTS = 1 << 20
 """Weights a worker holds at once: small enough for a flat memory, large enough that the Python
@@ -73,8 +83,19 @@ def read_tile(reader: Reader, tensor: TensorInfo, tile: Tile) -> Array:
 
 
 def cast_copy(bits: Array, entry: PlanEntry) -> Array:
-    """The bits of a copied tensor in its planned dtype."""
+    """The bits of a copied tensor in its planned dtype; raises NonFinite if the cast makes Inf."""
     target = entry.outputs[0].dtype
     if target == entry.tensor.dtype:
         return bits
-    return arrays.from_float32(arrays.to_float32(bits, entry.tensor.dtype), target)
+    with np.errstate(over="ignore"):
+        values = arrays.to_float32(bits, entry.tensor.dtype)
+        cast = arrays.from_float32(values, target)
+    made = np.isinf(arrays.to_float32(cast, target))
+    if made.any():
+        made &= np.isfinite(bits if entry.tensor.dtype == "F64" else values)
+    if made.any():
+        count, first = int(made.sum()), int(made.argmax())
+        raise NonFinite(
+            f"{count} values that overflow {TORCH_NAMES[target]}, such as {values.flat[first]:g},"
+        )
+    return cast

@@ -131,7 +131,7 @@ class Case:
 
     @property
     def format(self) -> str:
-        return self.verb[0] if self.verb[0] in ("hqq", "aqlm") else "bitsandbytes"
+        return self.verb[0] if self.verb[0] in ("hqq", "aqlm", "eetq") else "bitsandbytes"
 
     def write(self, formats: Path) -> None:
         folder = formats / self.format / "bad" / self.name
@@ -159,6 +159,7 @@ class Case:
 HQQ = ("hqq", "--bits", "4", "--group-size", "16")
 NF4 = ("nf4",)
 AQLM = ("aqlm", "--bits", "2")
+EETQ = ("eetq",)
 
 
 def weights_cases() -> Iterator[Case]:
@@ -403,7 +404,7 @@ def config_cases() -> Iterator[Case]:
         "auto_map": {"AutoModelForCausalLM": "modeling_mystery.MysteryForCausalLM"},
     }
     code = b"raise SystemExit('code that came with the weights has run')\n"
-    for label, verb in {"bnb": NF4, "hqq": HQQ, "aqlm": AQLM}.items():
+    for label, verb in {"bnb": NF4, "hqq": HQQ, "aqlm": AQLM, "eetq": EETQ}.items():
         yield Case(
             f"23-remote-code-{label}", 23, "a model class that only its own Python file knows",
             "RemoteCode", 3, ["auto_map", "mystery"],
@@ -540,9 +541,107 @@ def aqlm_cases() -> Iterator[Case]:
         )  # fmt: skip
 
 
+def square_weights() -> tuple[dict[str, Any], Weights]:
+    """A config and weights whose attention has 64 x 64 weights, as EETQ's kernel wants them."""
+    rng = np.random.default_rng(1)
+    weights = base_weights()
+    for name in (n for n in weights if ".self_attn." in n):
+        values = rng.normal(0, 0.05, (HIDDEN, HIDDEN)).astype(np.float32)
+        weights[name] = ("BF16", from_float32(values, "BF16"))
+    return CONFIG | {"head_dim": HIDDEN}, weights
+
+
+def square(tensor: str, index: tuple[int, ...], value: float) -> dict[str, bytes | None]:
+    """That model with one value of a tensor replaced."""
+    config, weights = square_weights()
+    dtype, array = weights[tensor]
+    array = array.copy()
+    array[index] = from_float32(np.array([value], np.float32), dtype)[0]
+    data = safetensors(weights | {tensor: (dtype, array)})
+    return {"config.json": dump(config), "model.safetensors": data}
+
+
+def eetq_cases() -> Iterator[Case]:
+    """Faults of every row, and what a format knows that has no dtype but float16."""
+    one, data, last = "model.safetensors", safetensors(base_weights()), "model.norm.weight"
+    for name, row, what, mentions, file in (
+        ("01-cut-in-the-length", 1, "seven bytes", [], data[:7]),
+        ("02-header-a-number", 2, "the header is a number", [], with_header(data, lambda t: b"7")),
+        ("03-offsets-beyond-the-file", 3, "a tensor that ends behind the file", ["hole"],
+         with_entry(DOWN, data_offsets=[len(data), len(data) + 2 * HIDDEN * INNER])),
+        ("03-one-offset", 3, "a tensor that has no end", [Q], with_entry(Q, data_offsets=[0])),
+        ("16-dtype-in-lower-case", 16, "a dtype that is spelled otherwise", [Q, "bf16"],
+         with_entry(Q, dtype="bf16")),
+    ):  # fmt: skip
+        yield Case(f"{name}-eetq", row, what, "CorruptFile", 3, [one, *mentions], {one: file}, EETQ)
+    yield Case(
+        "06-first-shard-missing", 6, "the index names a file that is not there", "MissingShard", 3,
+        [FIRST], sharded() | {FIRST: None}, EETQ, hint=True,
+    )  # fmt: skip
+    yield Case(
+        "07-index-of-another-model", 7, "names that no shard holds", "IndexMismatch", 3, [INDEX],
+        sharded(lambda m: {f"other.{k}": v for k, v in m.items()}), EETQ,
+    )  # fmt: skip
+    yield Case(
+        "09-index-backslash", 9, "a shard with the path of another system", "UnsafePath", 3,
+        [INDEX, last], sharded(lambda m: m | {last: "..\\model.safetensors"}), EETQ,
+    )  # fmt: skip
+    for label, value in {"nan": np.nan, "inf": np.inf}.items():
+        yield Case(
+            f"14-{label}-eetq", 14, f"one {label} in a weight", "NonFinite", 3, [Q],
+            square(Q, (3, 5), value), EETQ, "pour", hint=True,
+        )  # fmt: skip
+    yield Case(
+        "15-overflow-eetq", 15, "a weight above 65,504, and all is cast to float16", "NonFinite",
+        3, [K, "overflow float16"], square(K, (63, 63), -1e5), EETQ, "pour", hint=True,
+    )  # fmt: skip
+    yield Case(
+        "15-overflow-in-a-copy", 15, "a norm above 65,504, and all is cast to float16",
+        "NonFinite", 3, [last, "overflow float16"], square(last, (7,), 1e5), EETQ, "pour",
+        hint=True,
+    )  # fmt: skip
+    yield Case(
+        "16-already-eetq", 16, "a model quantized with eetq", "UsageError", 2,
+        ["already quantized", "eetq"],
+        {"config.json": dump(CONFIG | {"quantization_config": {"quant_method": "eetq"}})}, EETQ,
+        hint=True,
+    )  # fmt: skip
+    yield Case(
+        "16-int8-weight-eetq", 16, "a linear layer of int8 numbers", "UsageError", 2, [Q, "I8"],
+        {one: retyped(Q, "I8")}, EETQ, "plan",
+    )  # fmt: skip
+    yield Case(
+        "17-heads-eetq", 17, "fewer heads than none", "UnsupportedConfig", 3,
+        ["config.json", "num_attention_heads"],
+        {"config.json": dump(CONFIG | {"num_attention_heads": -4})}, EETQ,
+    )  # fmt: skip
+    yield Case(
+        "18-nothing-of-64", 18, "no layer's sizes are multiples of 64", "UsageError", 2,
+        ["multiple of 64"], {}, EETQ, "plan", hint=True,
+    )  # fmt: skip
+    yield Case(
+        "20-conv1d-eetq", 20, "GPT-2, whose layers no loader of EETQ replaces", "UsageError", 2,
+        ["Conv1D"], gpt2(), EETQ, "plan",
+    )  # fmt: skip
+    yield Case(
+        "22-only-ckpt", 22, "pickled weights only", "UnsafeFormat", 3, ["model.ckpt"],
+        {one: None, "model.ckpt": b"cbuiltins\nexit\n(I70\ntR."}, EETQ, hint=True,
+    )  # fmt: skip
+    good = dump(CONFIG)
+    for name, text in {
+        "a-number": b"7\n",
+        "cut-before-the-end": good.rstrip()[:-1],
+        "deep-list": good.replace(b"{", b'{"x": ' + b"[" * 5000 + b"]" * 5000 + b", ", 1),
+    }.items():
+        yield Case(
+            f"25-config-{name}", 25, name.replace("-", " "), "UnsupportedConfig", 3,
+            ["config.json"], {"config.json": text}, EETQ,
+        )  # fmt: skip
+
+
 def main(formats: Path) -> None:
     written = set()
-    for cases in (weights_cases, index_cases, value_cases, config_cases, aqlm_cases):
+    for cases in (weights_cases, index_cases, value_cases, config_cases, aqlm_cases, eetq_cases):
         for case in cases():
             folder = formats / case.format / "bad" / case.name
             assert case.name not in written, case.name

@@ -13,12 +13,14 @@ from qconvert import devices, errors
 from qconvert.accelerator import Accelerator, choose
 from qconvert.conversion import Request, convert
 from qconvert.methods.bnb_4bit import BnB4bit
+from qconvert.methods.eetq import EETQ
 from qconvert.methods.hqq import HQQ
 from qconvert.methods.llm_int8 import LLMInt8
 from tests.models import tiny
 
 METHODS: dict[str, Any] = {
     "int8": LLMInt8(),
+    "eetq": EETQ(),
     "nf4": BnB4bit("nf4"),
     "fp4": BnB4bit("fp4", double_quant=False),
     **{f"hqq{bits}": HQQ(bits) for bits in (8, 4, 3, 2, 1)},
@@ -91,7 +93,7 @@ def test_the_cpu_needs_no_torch() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["int8", "nf4", "fp4", "hqq"])
+@pytest.mark.parametrize("name", ["int8", "eetq", "nf4", "fp4", "hqq"])
 def test_a_gpu_converts_to_the_same_bytes(name: str, tmp_path: Path) -> None:
     source = tiny("llama", tmp_path / "source")
     digests = []

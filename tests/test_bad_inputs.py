@@ -98,7 +98,7 @@ def judge(name: str, error: str, code: object, message: str, hint: str) -> None:
 
 def test_the_corpus_is_whole(tmp_path: Path) -> None:
     assert {case["row"] for case in CASES.values()} >= ROWS
-    assert {name.split("/")[0] for name in CASES} >= {"bitsandbytes", "hqq", "aqlm"}
+    assert {name.split("/")[0] for name in CASES} >= {"bitsandbytes", "hqq", "aqlm", "eetq"}
     assert len(CASES) >= 95
     assert len(AT_OPEN) >= 50
     for name, case in CASES.items():

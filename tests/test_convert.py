@@ -23,6 +23,7 @@ from tests.models import tiny
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("int8", {}),
+    "eetq": ("eetq", {}),
     "nf4": ("nf4", {}),
     "nf4-single": ("nf4", {"double_quant": False}),
     "fp4": ("fp4", {}),
@@ -83,7 +84,7 @@ def test_the_safetensors_library_reads_every_tensor_as_planned(
     assert any(e.action is Action.QUANTIZE for e in result.plan.entries)
 
 
-@pytest.mark.parametrize("name", ["int8", "nf4", "hqq4", "hqq3-axis0"])
+@pytest.mark.parametrize("name", ["int8", "eetq", "nf4", "hqq4", "hqq3-axis0"])
 def test_bytes_do_not_depend_on_threads_or_tiles(
     name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ CASES = [
     ("m", "aqlm", {"scheme": "1x16g16"}, "m-AQLM-1bit-1x16g16"),
     ("demo", "nf4", {}, "demo-NF4-4bit"),
     ("demo", "fp4", {}, "demo-FP4-4bit"),
+    ("demo", "eetq", {}, "demo-EETQ-8bit"),
     ("demo", "int8", {}, "demo-INT8-8bit"),
     ("my model (v2)", "int8", {}, "my-model-v2-INT8-8bit"),
     ("../..", "int8", {}, "model-INT8-8bit"),

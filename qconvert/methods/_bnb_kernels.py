@@ -14,76 +14,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from qconvert.methods._halves import F16, as_half, halve, widen, widest
 from qconvert.methods._numba import kernel
-
-BF16, F16, F32 = 0, 1, 2
 
 _MAX_F16 = np.float32(65504.0)
 _MAX_F32 = np.finfo(np.float32).max
-_HALF_NORMAL = np.uint32((127 - 14) << 23)  # bits of 2**-14: float16 is subnormal below
 _TO_INT = np.float32(1.5 * 2.0**23)  # x + _TO_INT: the low byte is x to nearest even
-_TO_SUBNORMAL = np.float32(0.75)  # ulp 2**-24, float16's subnormal step
 _SMALLEST = np.float32(1e-38)
 _RUN = 2048  # values quantized together: 16 KiB of scratch
-
-
-@kernel
-def _largest(bits, mask):
-    largest = bits.dtype.type(0)
-    for i in range(bits.size):
-        largest = max(largest, bits.dtype.type(bits[i] & mask))
-    return largest
-
-
-@kernel
-def _from_half(bits):
-    """Bits of a float16 to bits of the float32 of the same value; Inf and NaN come out finite."""
-    half = np.uint32(bits)
-    sign = np.uint32((half & np.uint32(0x8000)) << np.uint32(16))
-    shifted = np.uint32((half & np.uint32(0x7FFF)) << np.uint32(13))
-    normal = np.uint32(shifted + np.uint32(112 << 23))
-    tiny = np.uint32(shifted + _HALF_NORMAL).view(np.float32) - np.float32(2.0**-14)
-    wide = np.float32(tiny).view(np.uint32) if shifted < np.uint32(1 << 23) else normal
-    return np.uint32(wide | sign)
-
-
-@kernel
-def _as_half(bits):
-    """Bits of a float32 to those of the nearest value of float16, ties to even."""
-    odd = (bits >> np.uint32(13)) & np.uint32(1)
-    normal = np.uint32((bits + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000))
-    tiny = (np.uint32(bits).view(np.float32) + _TO_SUBNORMAL) - _TO_SUBNORMAL
-    is_tiny = np.uint32(bits & np.uint32(0x7FFFFFFF)) < _HALF_NORMAL
-    return np.float32(tiny).view(np.uint32) if is_tiny else normal
-
-
-@kernel
-def _widen(bits, kind, out):
-    """Bits of the source to bits of float32; a branch inside one loop would keep it scalar."""
-    if kind == BF16:
-        for i in range(bits.size):
-            out[i] = np.uint32(bits[i]) << np.uint32(16)
-    elif kind == F16:
-        for i in range(bits.size):
-            out[i] = _from_half(bits[i])
-    else:
-        for i in range(bits.size):
-            out[i] = np.uint32(bits[i])
-
-
-@kernel
-def _widest(bits, mask, kind):
-    """Bits of the float32 of the largest magnitude."""
-    largest = _largest(bits, mask)
-    if kind == BF16:
-        return np.uint32(np.uint32(largest) << np.uint32(16))
-    return _from_half(largest) if kind == F16 else np.uint32(largest)
-
-
-@kernel
-def _halve(bits, out):
-    for i in range(bits.size):
-        out[i] = _as_half(bits[i])
 
 
 @kernel
@@ -99,7 +37,7 @@ def quantize_int8(bits, kind, mask, columns, codes, scb):
     half = np.empty(columns, np.uint32)
     for r in range(scb.size):
         line = bits[r * columns : (r + 1) * columns]
-        absmax = np.uint32(_as_half(_widest(line, mask, kind))).view(np.float32)
+        absmax = np.uint32(as_half(widest(line, mask, kind))).view(np.float32)
         scb[r] = absmax
         if not absmax <= _MAX_F16:
             return r
@@ -107,8 +45,8 @@ def quantize_int8(bits, kind, mask, columns, codes, scb):
         factor = np.float32(0)
         if absmax > 0:
             factor = np.float32(np.float32(1) / absmax) * np.float32(127)
-        _widen(line, kind, wide)
-        _halve(wide, half)
+        widen(line, kind, wide)
+        halve(wide, half)
         _round_to_int8(half.view(np.float32), factor, codes[r * columns : (r + 1) * columns])
     return -1
 
@@ -157,10 +95,10 @@ def quantize_4bit(bits, kind, mask, blocksize, bounds, low, high, packed, absmax
         blocks = min(run, absmax.size - first)
         start, used = first * blocksize, blocks * blocksize
         source = bits[start : start + used]
-        _widen(source, kind, values.view(np.uint32))
+        widen(source, kind, values.view(np.uint32))
         for b in range(blocks):
             block = source[b * blocksize : (b + 1) * blocksize]
-            top = np.uint32(_widest(block, mask, kind)).view(np.float32)
+            top = np.uint32(widest(block, mask, kind)).view(np.float32)
             absmax[first + b] = top
             if not top <= finite:
                 return first + b

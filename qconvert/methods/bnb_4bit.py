@@ -25,7 +25,7 @@ from qconvert import contract
 from qconvert.errors import UsageError
 from qconvert.lazy import np
 from qconvert.methods import _bnb_nested
-from qconvert.methods._bnb_common import kernel_input
+from qconvert.methods._kernel_input import kernel_input
 from qconvert.methods._nonfinite import refuse_nonfinite
 from qconvert.types import FLOAT_DTYPES, JSON, Array, Layer, Parts
 

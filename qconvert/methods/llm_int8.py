@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from qconvert import contract
 from qconvert.lazy import np
-from qconvert.methods._bnb_common import kernel_input
+from qconvert.methods._kernel_input import kernel_input
 from qconvert.methods._nonfinite import refuse_nonfinite
 from qconvert.types import JSON, Array, Layer, Parts
 

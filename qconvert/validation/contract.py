@@ -19,7 +19,18 @@ from qconvert.errors import QConvertError, SourceError
 from qconvert.safepath import read_bytes
 from qconvert.staging import MANIFEST_NAME
 from qconvert.stored import Stored, read_raw
-from qconvert.types import JSON, Check, Kind, Plan, Report, Structure, TensorInfo, TensorSpec
+from qconvert.types import (
+    JSON,
+    TORCH_NAMES,
+    Check,
+    Kind,
+    Plan,
+    Report,
+    Structure,
+    TensorInfo,
+    TensorSpec,
+    dtype_from_torch,
+)
 from qconvert.validation import schema
 from qconvert.validation.hashing import hashes_of
 from qconvert.validation.reports import CONTRACT, listed
@@ -81,6 +92,13 @@ def _config(stored: Stored) -> Iterable[str]:
     data = contract.load(stored.container.name)
     for violation in schema.violations(stored.config["quantization_config"], data.schema):
         yield f"config.json, {violation}"
+    if data.dtype is not None:
+        stated = [stored.config[key] for key in ("dtype", "torch_dtype") if key in stored.config]
+        if {dtype_from_torch(name) for name in stated} != {data.dtype}:
+            yield (
+                f"config.json, dtype: expected {TORCH_NAMES[data.dtype]}, in which its kernel "
+                f"computes, got {shortened(stated)}"
+            )
 
 
 def _code(config: JSON) -> Iterable[str]:

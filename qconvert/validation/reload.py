@@ -26,6 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from qconvert import contract
 from qconvert.stored import Stored
 from qconvert.text import human_bytes
 from qconvert.types import JSON, Check, Checkpoint, Report
@@ -69,6 +70,8 @@ def check_reload(
     the bytes then. Never raises for what the files or the loader do: that is in the report.
     Raises the errors of reading where one of the two is on the Hub.
     """
+    if refusal := contract.load(stored.container.name).no_reload:
+        return Report(RELOAD, [], skipped=refusal)
     request: JSON = {
         "device": device,
         "text": str(text or HELD_OUT),

@@ -30,7 +30,7 @@ _COUNTED = (
     "open", "mkdir", "pwrite", "write", "fsync", "fdatasync", "rename", "ftruncate",
     "posix_fallocate",
 )  # fmt: skip
-METHODS: dict[str, dict[str, Any]] = {"int8": {}, "nf4": {}, "hqq": {"bits": 4}}
+METHODS: dict[str, dict[str, Any]] = {"int8": {}, "eetq": {}, "nf4": {}, "hqq": {"bits": 4}}
 
 
 class Killer:

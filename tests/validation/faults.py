@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "nf4": ("nf4", {}),
     "nf4-single": ("nf4", {"double_quant": False}),
     "fp4": ("fp4", {"double_quant": False}),
+    "eetq": ("eetq", {}),
     "hqq8": ("hqq", {"bits": 8}),
     "hqq4": ("hqq", {"bits": 4}),
     "hqq4-axis0": ("hqq", {"bits": 4, "axis": 0}),
@@ -39,6 +40,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SCALES = {
     "int8": "SCB",
+    "eetq": "weight_scales",
     "nf4": "weight.nested_absmax",
     "nf4-single": "weight.absmax",
     "fp4": "weight.absmax",

@@ -84,6 +84,7 @@ VALID: Mapping[str, Any] = {
             },
         },
     },
+    "eetq": {"quant_method": "eetq", "weights": "int8", "modules_to_not_convert": ["lm_head"]},
     "aqlm": {
         "quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1, "num_codebooks": 2,
         "nbits_per_codebook": 8, "linear_weights_not_to_quantize": ["lm_head", "lm_head.weight"],

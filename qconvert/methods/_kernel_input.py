@@ -1,4 +1,4 @@
-"""How a block reaches the kernels of the two bitsandbytes methods."""
+"""How a block reaches the kernels that take the bits of the source."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+raise SystemExit('code that came with the weights has run')
