@@ -241,6 +241,10 @@ def _layer_differences(stored: Stored, planned: Mapping[str, JSON]) -> Iterable[
         yield f"layer {name} is quantized, and was not planned to be"
 
 
+_LOADED = (".safetensors", ".json", ".bin", ".model", ".jinja", ".py")
+"""What a loader might read beside the files of the manifest."""
+
+
 def _hashes(stored: Stored, manifest: JSON) -> Check:
     """Every file of the manifest has its sha256, and there is no other; people edit cards."""
     name = "files have the manifest's hashes"
@@ -249,7 +253,10 @@ def _hashes(stored: Stored, manifest: JSON) -> Check:
         hashes = hashes_of(stored, expected)
     except SourceError as error:
         return Check(name, False, str(error))
-    wrong = [f"{file} is not in {MANIFEST_NAME}" for file in sorted(hashes.others)]
+    strangers = sorted(hashes.others)
+    if stored.checkpoint.repository is not None:  # people keep notes in repositories
+        strangers = [file for file in strangers if file.endswith(_LOADED)]
+    wrong = [f"{file} is not in {MANIFEST_NAME}" for file in strangers]
     wrong += [f"{file} is missing" for file in sorted(expected.keys() - hashes.found.keys())]
     wrong += [
         f"{file}: expected sha256 {expected[file]}, got {found}"
@@ -257,6 +264,8 @@ def _hashes(stored: Stored, manifest: JSON) -> Check:
         if found != expected[file] and file != upstream.NAME
     ]
     remarks = []
+    if aside := sorted(hashes.others - set(strangers)):
+        remarks.append(f"not in {MANIFEST_NAME}: {listed(aside)}")
     if hashes.told:
         here = len(hashes.found) - hashes.told
         remarks.append(f"{hashes.told} by the Hub's tree, {here} hashed here")

@@ -7,7 +7,15 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from qconvert import modelconfig
-from qconvert.errors import Gated, HubError, NotFound, QConvertError, UsageError
+from qconvert.errors import (
+    Gated,
+    HubError,
+    NotFound,
+    OutputError,
+    QConvertError,
+    ResourceError,
+    UsageError,
+)
 from qconvert.safepath import read_bytes
 from qconvert.shards import read_weights
 from qconvert.source import SourceReader, localize, looks_local, open_checkpoint
@@ -36,7 +44,7 @@ __all__ = [
 ]
 
 ALL = "all"
-_ALWAYS_RAISED = (NotFound, Gated, UsageError, HubError)
+_ALWAYS_RAISED = (NotFound, Gated, UsageError, OutputError, ResourceError, HubError)
 """Which say nothing about the files: there are none to judge."""
 
 
@@ -83,6 +91,11 @@ def validate_folder(
         source = open_checkpoint(name, revision=commit)
         if RELOAD in asked and not afar:  # all of it will be read, and more than once
             source = localize(source)
+    if source is None and NUMERIC in set(levels or ()):
+        raise UsageError(
+            "the numeric level compares with the source, and none is named",
+            hint=f"--against {_claimed_source(stored)}",
+        )
     wanted = [level for level in LEVELS if level in asked]
     return _prove(wanted, stored, source, device=device, progress=progress)
 

@@ -248,3 +248,21 @@ def test_a_broken_connection_is_taken_up_again(served: Hub, tmp_path: Path) -> N
     served.fault(r"GET .*org/small.*README", "corrupt", times=99)
     (spoiled,) = asked(served, tmp_path / "other", ("org/small",))
     assert "not what the Hub's tree says" in str(failed(spoiled))
+
+
+def test_notes_beside_the_result_are_no_failure_and_other_weights_are(
+    served: Hub, tmp_path: Path
+) -> None:
+    repo = served.repo("org/small")
+    repo.push({"notes.txt": b"mine"}, title="a note")
+    (noted,) = asked(served, tmp_path, ("org/small", None, ["contract"]))
+    assert failed(noted) == {}
+    assert "notes.txt" in str(noted["reports"][0]["checks"])
+    repo.push({"adapter.safetensors": b"other"}, title="other weights")
+    (other,) = asked(served, tmp_path, ("org/small", None, ["contract"]))
+    assert "adapter.safetensors" in failed(other)["files have the manifest's hashes"]
+
+
+def test_a_level_that_is_asked_for_and_cannot_run_is_an_error(served: Hub, tmp_path: Path) -> None:
+    said = run(served, tmp_path, "validate", "org/small", "--level", "numeric", code=2)
+    assert "--against org/model@main" in said
