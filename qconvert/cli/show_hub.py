@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from qconvert.hub.push import Pushed
     from qconvert.hub.target import Target
 
+_MOST_NAMED = 5
+
 
 def source_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     """Of a Hub repository: its licence, who may read it, and what is to be downloaded."""
@@ -53,7 +55,12 @@ def target_rows(target: Target) -> list[tuple[str, str]]:
     where = f", branch {escape(printable(target.revision))}" if target.revision else ""
     how = ", as a pull request" if target.create_pr else ""
     access = "private" if target.private else "public"
-    return [("push to", f"{escape(printable(target.repo_id))}{where}{how} ({access}, {state})")]
+    rows = [("push to", f"{escape(printable(target.repo_id))}{where}{how} ({access}, {state})")]
+    if target.replaces:
+        names = ", ".join(map(printable, target.replaces[:_MOST_NAMED]))
+        more = len(target.replaces) - _MOST_NAMED
+        rows.append(("replaces", escape(names) + (f" and {more} more" if more > 0 else "")))
+    return [*rows, *(("", escape(printable(warning))) for warning in target.warnings)]
 
 
 def pushed(outcome: Pushed) -> str:

@@ -59,6 +59,14 @@ class Elsewhere:
     contents: Mapping[str, Content] = field(default_factory=dict)
 
 
+def displaced(to: Target) -> tuple[str, ...]:
+    """Weights that a push would delete or replace, and the card that it would replace."""
+    if to.head is None:
+        return ()
+    tree = tree_of(to.repo_id, to.head)
+    return (*stale(tree, ()), *(name for name in (CARD_NAME,) if name in tree))
+
+
 def publish(
     to: Target,
     files: Mapping[str, LocalFile],

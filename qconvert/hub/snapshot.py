@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from threading import Event
 from typing import Any
 
 from qconvert import digest, modelconfig, shards, sidefiles
-from qconvert.errors import CorruptFile, Network, NotFound, SourceError
+from qconvert.errors import CorruptFile, DiskFull, Network, NotFound, SourceError
 from qconvert.hub import client
 from qconvert.safepath import open_regular, read_bytes, regular_file
 from qconvert.types import RemoteFile, Repository
@@ -64,8 +65,8 @@ def weights(
     """
     from huggingface_hub import snapshot_download
 
-    client.prepare()
     total = sum(repository.files[name].size for name in names)
+    _check_space(repository, names)
     patterns = list(names)  # none has a wildcard: see shards.read_index
     return Path(
         client.call(
@@ -80,6 +81,23 @@ def weights(
             retries=5,  # the library repeats neither a reset connection nor a 503
         )
     )
+
+
+def _check_space(repository: Repository, names: Collection[str]) -> None:
+    """Raises DiskFull before anything is fetched that the cache's disk has no room for."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    blobs = _folder(repository.id) / "blobs"
+    files = [repository.files[name] for name in names]
+    need = sum(file.size for file in files if not (blobs / (file.sha256 or file.oid)).exists())
+    folder = next(p for p in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise DiskFull(
+            f"not enough space in {HF_HUB_CACHE} to download {repository.id}: {need:,} bytes "
+            f"needed, {free:,} free",
+            hint="--stream keeps no source file; or another disk: export HF_HOME=DIR",
+        )
 
 
 def _bytes_counter(names: Collection[str], total: int, progress: Progress | None) -> Any:
@@ -168,11 +186,14 @@ def compare(root: Path, name: str, promised: RemoteFile, stop: Event | None = No
         )
 
 
-def _snapshots(repo_id: str) -> list[Path]:
+def _folder(repo_id: str) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    folder = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "snapshots"
-    return sorted(folder.glob("[0-9a-f]" * 40))
+    return Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+
+
+def _snapshots(repo_id: str) -> list[Path]:
+    return sorted((_folder(repo_id) / "snapshots").glob("[0-9a-f]" * 40))
 
 
 def _whole(root: Path) -> bool:

@@ -56,6 +56,8 @@ class Target:
     create_pr: bool = False
     head: str | None = None
     """Commit of `revision`; None where there is none yet."""
+    replaces: tuple[str, ...] = ()
+    """Weights, and a card, that a push would delete or replace there, as far as that was asked."""
     warnings: tuple[str, ...] = ()
 
     @property

@@ -32,7 +32,7 @@ from qconvert.arrays import from_float32, storage_dtype, to_float32, torch_dtype
 from qconvert.errors import UsageError
 from qconvert.lazy import np
 from qconvert.methods._nonfinite import refuse_nonfinite
-from qconvert.types import FLOAT_DTYPES, JSON, TORCH_NAMES, Array, Layer, Parts
+from qconvert.types import FLOAT_DTYPES, JSON, Array, Layer, Parts, dtype_from_torch
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +137,7 @@ class HQQ:
         from qconvert.methods import _hqq_torch
 
         if not block.isfinite().all():
-            dtype = next(d for d, name in TORCH_NAMES.items() if str(block.dtype).endswith(name))
+            dtype = dtype_from_torch(block.dtype) or "F32"
             bits = block.cpu().view(torch.uint32 if dtype == "F32" else torch.uint16).numpy()
             raise refuse_nonfinite(bits.view(storage_dtype(dtype)), dtype)
         codes, scale, zero = _hqq_torch.quantize(

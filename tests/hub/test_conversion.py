@@ -93,6 +93,10 @@ def test_a_plan_is_that_of_the_folder_and_tells_what_the_hub_says(
     seen = run(served, tmp_path, *words)
     for word in ("tiny-licence", "gated", "org/result (private, will be made)"):
         assert word in seen
+    served.add_repo("org/result", {"pytorch_model.bin": b"old", "README.md": b"theirs"})
+    existing = json.loads(run(served, tmp_path, *words, "--public", "--json"))["target"]
+    assert existing["replaces"] == ["pytorch_model.bin", "README.md"]
+    assert "replaces" in run(served, tmp_path, *words, "--public")
     refused = run(served, tmp_path, *words[:-1], "someone/else", code=7)
     assert "hint:" in refused
 
@@ -191,6 +195,21 @@ def test_from_hub_to_hub_nothing_stays_here(
     uploads = [r for r in served.log[sent:] if r.method == "PUT"]
     assert len(uploads) <= len(expected) - 2
     assert digests(tmp_path / "hf")
+
+
+def test_a_cache_without_room_is_said_before_the_download(
+    served: Hub, tmp_path: Path, mounted: Callable[[str], Path]
+) -> None:
+    environment = served.env(mounted("size=131072"), TOKEN)
+    words = ("hqq", "org/model", *OPTIONS, "-o", "out")
+    child = subprocess.run(
+        [sys.executable, "-m", "qconvert", *words], env=environment, cwd=tmp_path,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert child.returncode == 4, child.stderr
+    assert "bytes needed" in child.stderr
+    assert "--stream" in child.stderr
+    assert not [r for r in served.log if r.host == "cdn" and r.bytes_out > 10_000]
 
 
 def test_from_hub_to_hub_three_shards_are_the_most_on_disk(
