@@ -21,10 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qconvert import footprint, manifest, registry, sealing, source, staging
+from qconvert import devices, footprint, manifest, registry, sealing, source, staging
 from qconvert.calibration import prepare
 from qconvert.calibration.report import OnEvent, figures_from
-from qconvert.devices import find as find_devices
 from qconvert.errors import CorruptFile, DiskFull, HubError, NonFinite, UsageError
 from qconvert.outputs import Sink, shards_at_once
 from qconvert.planning import announced_dtype, make_plan
@@ -122,7 +121,7 @@ def convert(
     planned = plan(request)
     target = find_target(request, planned)
     destination = output_folder(request, planned)
-    found, threads = find_devices(request.device), worker_count(request.threads)
+    found, threads = devices.find(request.device), worker_count(request.threads)
     prepared = None
     if planned.calibration:
         if not Staging(destination, "").root.exists():  # refuse before anything is downloaded

@@ -188,13 +188,15 @@ def as_repo_id(value: Any) -> str | None:
 
 
 def _in_order(value: Any, depth: int = 0) -> Any:
-    """The value with the keys of all mappings sorted; nothing below MAX_DEPTH of them."""
+    """The value as its JSON would be read: keys sorted, tuples lists; nothing below MAX_DEPTH."""
     if depth > MAX_DEPTH:
         return None
     if isinstance(value, dict):
         keys = sorted(key for key in value if isinstance(key, str))
         return {key: _in_order(value[key], depth + 1) for key in keys}
-    return [_in_order(item, depth + 1) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list | tuple):
+        return [_in_order(item, depth + 1) for item in value]
+    return value
 
 
 def _is_sha256(value: Any) -> bool:
