@@ -60,14 +60,19 @@ def convert(model: Path, output: Path) -> list[str]:
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
-    """The command as from a terminal, also where the tests run under nohup."""
+    """The command as from a terminal, also where the tests run under nohup or in the background."""
     return subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        preexec_fn=_listen_to_signals,
     )
+
+
+def _listen_to_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_until(
