@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from qconvert.errors import UsageError
-from qconvert.types import Layer, Method, TensorSpec
+from qconvert.types import Container, Layer, Method, TensorSpec
 
 Value = int | float | str | bool | None
 Env = Mapping[str, Value]
@@ -197,6 +197,11 @@ def environment(layer: Layer, method: Method) -> Env:
         "transposed": layer.transposed,
         **method.options(),
     }
+
+
+def refusal(container: Container, layer: Layer, method: Method) -> str | None:
+    """Why a container cannot hold this layer with these options, or None."""
+    return load(container.name).refusal(container.variant(method), environment(layer, method))
 
 
 def formats_root() -> Path:

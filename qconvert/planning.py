@@ -245,7 +245,7 @@ def _decide(tensor: TensorInfo, rules: _Rules) -> PlanEntry:
     for override in rules.overrides:
         if override.pattern.search(name):
             own = replace(own, **override.options)
-    if reason := own.check(layer):
+    if reason := contract.refusal(rules.container, layer, own):
         return copy(reason)
     local = contract.load(rules.container.name).specs(
         rules.container.variant(own), contract.environment(layer, own)

@@ -254,10 +254,6 @@ class Method(Protocol):
         """Bits of one code, scales not counted."""
         ...
 
-    def check(self, layer: Layer) -> str | None:
-        """Why this layer cannot be quantized with these options, or None."""
-        ...
-
     def quantize(self, block: Array, dtype: str) -> Parts:
         """Codes and their scales for one block, shaped as the tile says.
 

@@ -282,7 +282,7 @@ def _layer_in(
         raise CorruptFile(f"options of {name} make no sense: {error}", file=file) from error
     weight = TensorInfo(f"{name}.weight", method.compute_dtype, shape, file, 0, 0)
     layer = Layer(name, name, weight, *shape, has_bias=f"{name}.bias" in tensors)
-    if reason := method.check(layer):
+    if reason := contract.refusal(HQQ_NATIVE, layer, method):
         raise CorruptFile(f"{name} cannot be an HQQ layer: {reason}", file=file)
     return layer, method
 

@@ -27,7 +27,7 @@ from qconvert.lazy import np
 from qconvert.methods import _bnb_nested
 from qconvert.methods._kernel_input import kernel_input
 from qconvert.methods._nonfinite import refuse_nonfinite
-from qconvert.types import FLOAT_DTYPES, JSON, Array, Layer, Parts
+from qconvert.types import FLOAT_DTYPES, JSON, Array, Parts
 
 if TYPE_CHECKING:
     import torch
@@ -100,10 +100,6 @@ class BnB4bit:
             if value not in allowed:
                 listed = ", ".join(str(choice) for choice in allowed)
                 raise UsageError(f"{option} of bnb_4bit", expected=f"one of {listed}", got=value)
-
-    def check(self, layer: Layer) -> str | None:
-        env = contract.environment(layer, self)
-        return contract.load("bitsandbytes").refusal("4bit", env)
 
     def quantize(self, block: Array, dtype: str) -> Parts:
         """Whole blocks, [n, blocksize] or rows that are a multiple of it, to codes.

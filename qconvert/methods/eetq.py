@@ -16,12 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from qconvert import contract
 from qconvert.arrays import storage_dtype
 from qconvert.lazy import np
 from qconvert.methods._kernel_input import kernel_input
 from qconvert.methods._nonfinite import refuse_nonfinite
-from qconvert.types import JSON, Array, Layer, Parts, dtype_from_torch
+from qconvert.types import JSON, Array, Parts, dtype_from_torch
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +35,6 @@ class EETQ:
 
     name: ClassVar[str] = "eetq"
     bits: int = field(default=8, init=False)
-
-    def check(self, layer: Layer) -> str | None:
-        return contract.load("eetq").refusal("int8", contract.environment(layer, self))
 
     def quantize(self, block: Array, dtype: str) -> Parts:
         """[rows, in_features] → weight int8 [rows, in_features], weight_scales float16 [rows].

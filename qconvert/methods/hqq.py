@@ -27,12 +27,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from qconvert import contract
 from qconvert.arrays import from_float32, storage_dtype, to_float32, torch_dtype
 from qconvert.errors import UsageError
 from qconvert.lazy import np
 from qconvert.methods._nonfinite import refuse_nonfinite
-from qconvert.types import FLOAT_DTYPES, JSON, Array, Layer, Parts, dtype_from_torch
+from qconvert.types import FLOAT_DTYPES, JSON, Array, Parts, dtype_from_torch
 
 if TYPE_CHECKING:
     import torch
@@ -87,10 +86,6 @@ class HQQ:
     def rows_independent(self) -> bool:
         """Whether a block may be cut between its rows."""
         return self.axis == 1
-
-    def check(self, layer: Layer) -> str | None:
-        env = contract.environment(layer, self)
-        return contract.load("hqq").refusal("linear", env)
 
     def quantize(self, block: Array, dtype: str) -> Parts:
         """Codes, scales and zeros of whole groups.

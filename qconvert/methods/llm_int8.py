@@ -14,11 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from qconvert import contract
 from qconvert.lazy import np
 from qconvert.methods._kernel_input import kernel_input
 from qconvert.methods._nonfinite import refuse_nonfinite
-from qconvert.types import JSON, Array, Layer, Parts
+from qconvert.types import JSON, Array, Parts
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +33,6 @@ class LLMInt8:
 
     name: ClassVar[str] = "llm_int8"
     bits: int = field(default=8, init=False)
-
-    def check(self, layer: Layer) -> str | None:
-        env = contract.environment(layer, self)
-        return contract.load("bitsandbytes").refusal("int8", env)
 
     def quantize(self, block: Array, dtype: str) -> Parts:
         """[rows, in_features] → weight int8 [rows, in_features], SCB float32 [rows].

@@ -225,7 +225,8 @@ def test_what_cannot_be_stored_is_refused() -> None:
     ],
 )
 def test_reasons(shape: tuple[int, int], scheme: str, transposed: bool, reason: str | None) -> None:
-    found = method_of(scheme).check(layer_of(*shape, transposed=transposed))
+    layer = layer_of(*shape, transposed=transposed)
+    found = contract.refusal(AQLM_CONTAINER, layer, method_of(scheme))
     assert (found is None) == (reason is None)
     assert reason is None or reason in str(found)
 

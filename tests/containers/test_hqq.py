@@ -209,7 +209,7 @@ def test_bytes_do_not_depend_on_the_tiles(data: st.DataObject) -> None:
     layer = layer_of(weight)
     groups = rows * columns // size
     fits = axis == 0 or bits == 3 or groups % SLABS[bits] == 0
-    assert (method.check(layer) is None) == fits
+    assert (contract.refusal(HQQ_NATIVE, layer, method) is None) == fits
     if not fits:
         return
     whole = convert(weight, method, 1 << 22)
@@ -253,7 +253,8 @@ def test_reasons(
     shape: tuple[int, int], options: dict[str, int], transposed: bool, reason: str | None
 ) -> None:
     weight = torch.empty(*shape, dtype=torch.bfloat16, device="meta")
-    found = HQQ(**options).check(layer_of(weight, transposed=transposed))
+    layer = layer_of(weight, transposed=transposed)
+    found = contract.refusal(HQQ_NATIVE, layer, HQQ(**options))
     assert (found is None) == (reason is None)
     assert reason is None or reason in str(found)
 

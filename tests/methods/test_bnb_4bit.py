@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qconvert import contract
+from qconvert.containers.bitsandbytes import BITSANDBYTES
 from qconvert.errors import NonFinite, UsageError
 from qconvert.methods import _bnb_nested
 from qconvert.methods.bnb_4bit import BLOCKSIZES, BnB4bit, codebook, nested_codebook
@@ -147,9 +149,11 @@ def test_options_that_no_loader_knows_are_refused(options: dict[str, object]) ->
 
 
 def test_a_block_never_straddles_two_rows() -> None:
-    refusal = BnB4bit(blocksize=64).check(layer_of(torch.ones(64, 100), "F32"))
-    assert refusal == "in_features 100 is not a multiple of the block size 64"
-    assert BnB4bit(blocksize=64).check(layer_of(torch.ones(3, 128), "F32")) is None
+    def refusal(weight: torch.Tensor) -> str | None:
+        return contract.refusal(BITSANDBYTES, layer_of(weight, "F32"), BnB4bit(blocksize=64))
+
+    assert refusal(torch.ones(64, 100)) == "in_features 100 is not a multiple of the block size 64"
+    assert refusal(torch.ones(3, 128)) is None
 
 
 @pytest.mark.gpu

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from qconvert import contract
+from qconvert.containers.bitsandbytes import BITSANDBYTES
 from qconvert.errors import NonFinite
 from qconvert.methods.llm_int8 import LLMInt8
 from scripts.make_golden_bitsandbytes import upstream, upstream_values
@@ -134,6 +136,8 @@ def test_threads_may_compile_at_once(tmp_path: Path, cache: str) -> None:
 
 
 def test_a_layer_without_weights_is_refused() -> None:
-    empty = torch.empty(0, 64)
-    assert METHOD.check(layer_of(empty, "F32")) == "the weight has no elements"
-    assert METHOD.check(layer_of(torch.ones(3, 7), "F32")) is None
+    def refusal(weight: torch.Tensor) -> str | None:
+        return contract.refusal(BITSANDBYTES, layer_of(weight, "F32"), METHOD)
+
+    assert refusal(torch.empty(0, 64)) == "the weight has no elements"
+    assert refusal(torch.ones(3, 7)) is None

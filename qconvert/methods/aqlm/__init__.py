@@ -16,10 +16,9 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qconvert import contract
 from qconvert.errors import UsageError
 from qconvert.lazy import np
-from qconvert.types import FLOAT_DTYPES, JSON, Array, Layer, Parts
+from qconvert.types import FLOAT_DTYPES, JSON, Array, Parts
 
 QUALITIES = ("fast", "default", "best")
 _SCHEME = re.compile(r"(\d+)x(\d+)(?:g(\d+))?", re.ASCII)
@@ -61,10 +60,6 @@ class AQLM:
     def scheme(self) -> str:
         """`2x8g8`."""
         return f"{self.num_codebooks}x{self.nbits_per_codebook}g{self.in_group_size}"
-
-    def check(self, layer: Layer) -> str | None:
-        data = contract.load(self.name)
-        return data.refusal("linear", contract.environment(layer, self))
 
     def quantize(self, block: Array, dtype: str) -> Parts:
         raise TypeError("AQLM quantizes whole layers: see qconvert.calibration")
