@@ -1,8 +1,9 @@
 """The methods, in one explicit tuple: what the command line, `formats` and `plan` know.
 
-A method's module is imported when it is built, so that listing them costs nothing. Third parties
-add theirs through the entry-point group `qconvert.methods` (each entry point is a `MethodInfo`),
-looked at only when a name is not built in.
+A verb is a method. Where its codes can be stored in several ways, each is a `Layout`, and the first
+is what a user gets who says nothing of it. Modules are imported when they are needed, so that
+listing costs nothing. Third parties add theirs through the entry-point group `qconvert.methods`
+(each entry point is a `MethodInfo`), looked at only when a name is not built in.
 """
 
 from __future__ import annotations
@@ -20,32 +21,66 @@ GROUP = "qconvert.methods"
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """One way to store what a method makes."""
+
+    method: str
+    """`module:callable` that makes the maths of its options: a class, or a function."""
+    container: str
+    """`module:SINGLETON` of what lies on disk."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Options that the layout leaves no choice of."""
+
+    def load_container(self) -> Container:
+        """The container's singleton."""
+        container: Container = _load(self.container)
+        return container
+
+
+@dataclass(frozen=True, slots=True)
 class MethodInfo:
     """How a verb of the command line becomes a Method and its Container."""
 
     verb: str
     summary: str
-    method: str
-    """`module:callable` that makes the maths of its options: a class, or a function."""
-    container: str
-    """`module:SINGLETON` of what lies on disk."""
-    format: str
-    """The folder in formats/."""
+    layouts: Mapping[str, Layout]
+    """By folder in formats/, which is the container's name; the first is the default."""
     bits: tuple[int, ...]
     options: Mapping[str, str] = field(default_factory=dict)
-    """Option → one line of help, for those the user may set."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Option → one line of help, for those the user may set; `container` names a layout."""
     calibrated: bool = False
     """Whether the result depends on what the model reads: the method takes `calibration`."""
 
     def build(self, dtype: str, options: Mapping[str, Any]) -> tuple[Method, Container]:
-        """The method with its options; `dtype` ("BF16") is the default compute dtype."""
+        """The method with its options; `dtype` ("BF16") is the default compute dtype.
+
+        Raises UsageError for options that the method or its layout does not have.
+        """
         self.refuse_unknown(options)
-        given = {**self.fixed, **{k: v for k, v in options.items() if v is not None}}
-        make = _load(self.method)
-        if "compute_dtype" in inspect.signature(make).parameters:
+        layout = self._layout(options.get("container"))
+        given = {k: v for k, v in options.items() if v is not None and k != "container"}
+        make = _load(layout.method)
+        takes = inspect.signature(make).parameters
+        if alien := sorted(given.keys() - (takes.keys() - layout.fixed.keys())):
+            raise UsageError(
+                f"{self.verb} has no option {', '.join(alien)} in the container "
+                f"{options.get('container') or next(iter(self.layouts))}",
+                hint=f"qconvert {self.verb} --help",
+            )
+        if "compute_dtype" in takes:
             given.setdefault("compute_dtype", dtype)
-        return make(**given), self.load_container()
+        return make(**layout.fixed, **given), layout.load_container()
+
+    def _layout(self, name: object) -> Layout:
+        if name is None:
+            return next(iter(self.layouts.values()))
+        if name not in self.layouts:
+            raise UsageError(
+                f"{self.verb} is not stored as {printable(name)}",
+                expected=" or ".join(self.layouts),
+                hint=f"--container {next(iter(self.layouts))}",
+            )
+        return self.layouts[str(name)]
 
     def refuse_unknown(self, options: Mapping[str, Any]) -> None:
         """Raises UsageError for options that the method does not have."""
@@ -55,11 +90,6 @@ class MethodInfo:
                 f"{self.verb} has no option {', '.join(map(printable, unknown))}",
                 hint=f"qconvert {self.verb} --help",
             )
-
-    def load_container(self) -> Container:
-        """The container's singleton."""
-        container: Container = _load(self.container)
-        return container
 
 
 _BNB_4BIT = {
@@ -72,37 +102,46 @@ METHODS = (
     MethodInfo(
         verb="int8",
         summary="bitsandbytes LLM.int8(): 8 bits, one scale for each output channel",
-        method="qconvert.methods.llm_int8:LLMInt8",
-        container="qconvert.containers.bitsandbytes:BITSANDBYTES",
-        format="bitsandbytes",
+        layouts={
+            "bitsandbytes": Layout(
+                "qconvert.methods.llm_int8:LLMInt8",
+                "qconvert.containers.bitsandbytes:BITSANDBYTES",
+            )
+        },
         bits=(8,),
     ),
     MethodInfo(
         verb="nf4",
         summary="bitsandbytes NF4: 4 bits, codes spaced for normally distributed weights",
-        method="qconvert.methods.bnb_4bit:BnB4bit",
-        container="qconvert.containers.bitsandbytes:BITSANDBYTES",
-        format="bitsandbytes",
+        layouts={
+            "bitsandbytes": Layout(
+                "qconvert.methods.bnb_4bit:BnB4bit",
+                "qconvert.containers.bitsandbytes:BITSANDBYTES",
+                {"quant_type": "nf4"},
+            )
+        },
         bits=(4,),
         options=_BNB_4BIT,
-        fixed={"quant_type": "nf4"},
     ),
     MethodInfo(
         verb="fp4",
         summary="bitsandbytes FP4: 4-bit floating point codes",
-        method="qconvert.methods.bnb_4bit:BnB4bit",
-        container="qconvert.containers.bitsandbytes:BITSANDBYTES",
-        format="bitsandbytes",
+        layouts={
+            "bitsandbytes": Layout(
+                "qconvert.methods.bnb_4bit:BnB4bit",
+                "qconvert.containers.bitsandbytes:BITSANDBYTES",
+                {"quant_type": "fp4"},
+            )
+        },
         bits=(4,),
         options=_BNB_4BIT,
-        fixed={"quant_type": "fp4"},
     ),
     MethodInfo(
         verb="hqq",
         summary="HQQ: 8 to 1 bits, scale and zero for each group, no calibration data",
-        method="qconvert.methods.hqq:HQQ",
-        container="qconvert.containers.hqq:HQQ_NATIVE",
-        format="hqq",
+        layouts={
+            "hqq": Layout("qconvert.methods.hqq:HQQ", "qconvert.containers.hqq:HQQ_NATIVE"),
+        },
         bits=(8, 6, 5, 4, 3, 2, 1),
         options={
             "bits": "8, 6, 5, 4, 3, 2 or 1",
@@ -113,17 +152,19 @@ METHODS = (
     MethodInfo(
         verb="eetq",
         summary="EETQ: 8 bits in the order of Turing's, Ampere's and Ada's tensor cores",
-        method="qconvert.methods.eetq:EETQ",
-        container="qconvert.containers.eetq:EETQ_CONTAINER",
-        format="eetq",
+        layouts={
+            "eetq": Layout("qconvert.methods.eetq:EETQ", "qconvert.containers.eetq:EETQ_CONTAINER"),
+        },
         bits=(8,),
     ),
     MethodInfo(
         verb="aqlm",
         summary="AQLM: 4 to 1 bits, sums of codebook vectors chosen on calibration text",
-        method="qconvert.methods.aqlm.schemes:build",
-        container="qconvert.containers.aqlm:AQLM_CONTAINER",
-        format="aqlm",
+        layouts={
+            "aqlm": Layout(
+                "qconvert.methods.aqlm.schemes:build", "qconvert.containers.aqlm:AQLM_CONTAINER"
+            )
+        },
         bits=(4, 3, 2, 1),
         options={
             "bits": "4, 3, 2 or 1: the schemes 4x8g8, 3x8g8, 2x8g8 and 1x8g8",

@@ -277,13 +277,13 @@ def container_of(config: JSON) -> Container:
             hint="name a folder that qconvert wrote, or such a repository",
         )
     method = found.get("quant_method") if isinstance(found, dict) else None
-    for info in registry.METHODS:
-        if info.format == method:
-            return info.load_container()
+    known = {name: layout for info in registry.METHODS for name, layout in info.layouts.items()}
+    if isinstance(method, str) and method in known:
+        return known[method].load_container()
     raise UnsupportedConfig(
         "unknown quant_method",
         file=modelconfig.FILE,
-        expected=" or ".join(sorted({info.format for info in registry.METHODS})),
+        expected=" or ".join(sorted(known)),
         got=method,
     )
 

@@ -25,7 +25,7 @@ def show(methods: Sequence[MethodInfo], contracts: Sequence[Contract], json: boo
         own = [*method.options, *(name for name, _, _ in CALIBRATION if method.calibrated)]
         names = " ".join("--" + name.replace("_", "-") for name in own)
         what = escape(method.summary) + (f"\n[dim]{names}[/]" if names else "")
-        rows.add_row(f"[bold]{method.verb}[/]", bits, method.format, what)
+        rows.add_row(f"[bold]{method.verb}[/]", bits, "\n".join(method.layouts), what)
     out.print(rows)
     out.print("Every method converts on any CPU.")
     for contract in contracts:
@@ -39,7 +39,7 @@ def _data(methods: Sequence[MethodInfo], contracts: Sequence[Contract]) -> JSON:
             method.verb: {
                 "summary": method.summary,
                 "bits": list(method.bits),
-                "format": method.format,
+                "formats": list(method.layouts),
                 "options": dict(method.options),
             }
             for method in methods
