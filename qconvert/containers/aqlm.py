@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 from qconvert.arrays import from_float32, storage_dtype, to_float32, view
+from qconvert.containers._rows import row_tiles
 from qconvert.errors import CorruptFile, NonFinite, UsageError
 from qconvert.lazy import np
 from qconvert.methods.aqlm import AQLM
@@ -30,7 +31,6 @@ from qconvert.types import (
     Plan,
     TensorInfo,
     Tile,
-    Write,
 )
 
 _PARTS = ("codes", "codebooks", "scales")
@@ -53,20 +53,11 @@ class AQLMContainer:
     def tiles(self, layer: Layer, method: AQLM, max_elements: int) -> Iterator[Tile]:
         """Runs of rows; each is one run of `codes` and one of `scales`."""
         width = layer.in_features
-        row = width // method.in_group_size * method.num_codebooks * _code(method).itemsize
-        scale = ITEMSIZE[method.compute_dtype]
-        step = max(1, max_elements // width)
-        for index, first in enumerate(range(0, layer.out_features, step)):
-            count = min(step, layer.out_features - first)
-            yield Tile(
-                index,
-                reads=((first * width, (first + count) * width),),
-                shape=(count, width),
-                writes=(
-                    Write("codes", first * row, count * row),
-                    Write("scales", first * scale, count * scale),
-                ),
-            )
+        row = {
+            "codes": width // method.in_group_size * method.num_codebooks * _code(method).itemsize,
+            "scales": ITEMSIZE[method.compute_dtype],
+        }
+        return row_tiles(layer.out_features, width, row, max_elements)
 
     def encode(self, codes: Parts, method: AQLM) -> Parts:
         """A layer, or rows of one, as on disk: any of the three parts.

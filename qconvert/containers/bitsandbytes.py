@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 from qconvert import contract
 from qconvert.arrays import view
+from qconvert.containers._rows import row_tiles
 from qconvert.errors import ContractViolation, CorruptFile, UsageError, printable
 from qconvert.lazy import np
 from qconvert.methods.bnb_4bit import NESTED_BLOCKSIZE, BnB4bit, codebook, nested_codebook
@@ -30,7 +32,6 @@ from qconvert.types import (
     Plan,
     TensorInfo,
     Tile,
-    Write,
     dtype_from_torch,
 )
 
@@ -51,17 +52,8 @@ class Bitsandbytes:
         if isinstance(method, BnB4bit) and not layer.transposed:
             columns = method.blocksize
         rows = layer.tensor.numel // columns
-        step = max(1, max_elements // columns)
-        for index, first in enumerate(range(0, rows, step)):
-            count = min(step, rows - first)
-            reads: tuple[tuple[int, int], ...] = ((first * columns, (first + count) * columns),)
-            shape = (count, columns)
-            if layer.transposed:
-                reads = tuple((r * rows + first, r * rows + first + count) for r in range(columns))
-                reads = ((0, layer.tensor.numel),) if count == rows else reads
-                shape = (columns, count)
-            writes = tuple(_writes(method, first * columns, count * columns, columns))
-            yield Tile(index, reads, shape, writes, layer.transposed)
+        for tile in row_tiles(rows, columns, _row_bytes(method, columns), max_elements):
+            yield _turned(tile, layer) if layer.transposed else tile
 
     def encode(self, codes: Parts, method: BnB) -> Parts:
         if isinstance(method, LLMInt8):
@@ -206,17 +198,24 @@ def _options(
     return state | {"shape": [rows, columns]}, method
 
 
-def _writes(method: BnB, first: int, count: int, columns: int) -> Iterator[Write]:
-    """Where the codes and scales of elements [first, first + count) of the flat weight lie."""
+def _row_bytes(method: BnB, width: int) -> dict[str, int]:
+    """Bytes of the codes and scales of `width` elements, a row or a block of the flat weight."""
     if isinstance(method, LLMInt8):
-        yield Write("weight", first, count)
-        yield Write("SCB", 4 * (first // columns), 4 * (count // columns))
-        return
-    yield Write("weight", first // 2, count // 2)
-    if not method.double_quant:
-        yield Write(
-            "weight.absmax", 4 * (first // method.blocksize), 4 * (count // method.blocksize)
-        )
+        return {"weight": width, "SCB": 4}
+    codes = {"weight": width // 2}
+    return (
+        codes if method.double_quant else codes | {"weight.absmax": 4 * width // method.blocksize}
+    )
+
+
+def _turned(tile: Tile, layer: Layer) -> Tile:
+    """The same output rows of a source that holds them as columns."""
+    (count, width), rows = tile.shape, layer.out_features
+    first = tile.reads[0][0] // width
+    reads = tuple((r * rows + first, r * rows + first + count) for r in range(width))
+    if count == rows:
+        reads = ((0, layer.tensor.numel),)
+    return replace(tile, reads=reads, shape=(width, count), transposed=True)
 
 
 def _quant_state(method: BnB4bit) -> str:

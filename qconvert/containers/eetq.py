@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 from qconvert.arrays import view
+from qconvert.containers._rows import row_tiles
 from qconvert.errors import CorruptFile
 from qconvert.lazy import np
 from qconvert.methods.eetq import EETQ
@@ -27,7 +28,6 @@ from qconvert.types import (
     Plan,
     TensorInfo,
     Tile,
-    Write,
     dtype_from_torch,
 )
 
@@ -54,18 +54,8 @@ class EETQContainer:
     def tiles(self, layer: Layer, method: EETQ, max_elements: int) -> Iterator[Tile]:
         """Slabs of output channels, in pairs."""
         width = layer.in_features
-        step = max(1, max_elements // (_CHANNELS * width)) * _CHANNELS
-        for index, first in enumerate(range(0, layer.out_features, step)):
-            count = min(step, layer.out_features - first)
-            yield Tile(
-                index,
-                reads=((first * width, (first + count) * width),),
-                shape=(count, width),
-                writes=(
-                    Write("weight", first * width, count * width),
-                    Write("weight_scales", 2 * first, 2 * count),
-                ),
-            )
+        row = {"weight": width, "weight_scales": 2}
+        return row_tiles(layer.out_features, width, row, max_elements, multiple=_CHANNELS)
 
     def encode(self, codes: Parts, method: EETQ) -> Parts:
         return {"weight": pack(codes["weight"]), "weight_scales": codes["weight_scales"]}
