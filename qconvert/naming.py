@@ -18,9 +18,15 @@ _USUAL_GROUP = 8
 """Vectors of AQLM are this long unless the name says otherwise."""
 
 
-def default_name(model: str, verb: str, options: Mapping[str, Any]) -> str:
-    """The name of what `verb` makes of `model`; `options` are the method's own (`bits`, …)."""
+def default_name(
+    model: str, verb: str, options: Mapping[str, Any], container: str | None = None
+) -> str:
+    """The name of what `verb` makes of `model`; `options` are the method's own (`bits`, …).
+
+    `container` is named where it is not the method's usual one.
+    """
     suffix = f"-{verb.upper()}-{options['bits']}bit{_scheme(options)}"
+    suffix += f"-{container}" if container else ""
     return plain(model, _LONGEST - len(suffix)) + suffix
 
 

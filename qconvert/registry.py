@@ -71,6 +71,10 @@ class MethodInfo:
             given.setdefault("compute_dtype", dtype)
         return make(**layout.fixed, **given), layout.load_container()
 
+    def unusual(self, container: str) -> str | None:
+        """The container's name unless it is the default one."""
+        return None if container == next(iter(self.layouts)) else container
+
     def _layout(self, name: object) -> Layout:
         if name is None:
             return next(iter(self.layouts.values()))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconvert import naming
+from qconvert import naming, registry
 from qconvert.calibration.options import CalibrationOptions
 from qconvert.calibration.report import Figures
 from qconvert.errors import UsageError
@@ -103,7 +103,9 @@ class Result:
 
 def default_name(request: Request, planned: Plan) -> str:
     """What folder and repository are called unless the user says otherwise."""
-    return naming.default_name(planned.checkpoint.name, request.method, planned.method.options())
+    options, container = planned.method.options(), planned.container.name
+    unusual = registry.info(request.method).unusual(container)
+    return naming.default_name(planned.checkpoint.name, request.method, options, unusual)
 
 
 def output_folder(request: Request, planned: Plan) -> Path:

@@ -269,6 +269,17 @@ class SourceReader:
     def read(
         self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
     ) -> None:
+        encoded = self._checkpoint.encoded.get(tensor.name)
+        if encoded is None:
+            self.read_stored(tensor, start_element, stop_element, out)
+        elif start_element < stop_element:
+            _, view = span(tensor, start_element, stop_element, out)
+            encoded.read(self.read_stored, start_element, stop_element, view)
+
+    def read_stored(
+        self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
+    ) -> None:
+        """The same of a tensor as the file holds it."""
         offset, view = span(tensor, start_element, stop_element, out)
         if view.nbytes:
             self._file(tensor.file).read(view, offset)

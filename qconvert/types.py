@@ -52,7 +52,10 @@ def dtype_from_torch(name: object) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a safetensors file; `start` and `end` are byte offsets in the *file*."""
+    """One tensor of a safetensors file; `start` and `end` are byte offsets in the *file*.
+
+    One that is decoded from others (`Checkpoint.encoded`) has the place of the largest of them.
+    """
 
     name: str
     dtype: str
@@ -67,7 +70,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.start
+        return self.numel * ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,28 @@ class Repository:
     warnings: tuple[str, ...] = ()
 
 
+ReadStored = Callable[[TensorInfo, int, int, "memoryview | Array"], None]
+"""Fills the last argument with the elements [start, stop) of a tensor that a file holds."""
+
+
+class Encoded(Protocol):
+    """How a tensor of a quantized source is computed from those that its files hold."""
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """What the files hold of it; the first is the largest, and says where the tensor lies."""
+        ...
+
+    def read(
+        self, read_stored: ReadStored, start_element: int, stop_element: int, out: memoryview
+    ) -> None:
+        """Fills `out` with the bits of the elements [start, stop) of the decoded tensor.
+
+        Any thread may call at any time. Raises CorruptFile for parts that make no sense.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A source model, headers only. Weights are read later, by offset."""
@@ -122,7 +147,7 @@ class Checkpoint:
     config: JSON
     files: Mapping[str, FileInfo]
     tensors: Mapping[str, TensorInfo]
-    """In (file, offset) order."""
+    """In (file, offset) order; of a quantized source, the decoded tensors."""
     side_files: Mapping[str, int]
     """Tokenizer, chat template, generation config, licences, and their sizes: copied byte for
     byte."""
@@ -131,6 +156,8 @@ class Checkpoint:
     remote: bool = False
     """Whether the weights are to be read from the Hub, by ranges; side files are not here then."""
     warnings: tuple[str, ...] = ()
+    encoded: Mapping[str, Encoded] = field(default_factory=dict)
+    """Those of `tensors` that are computed while they are read, by name."""
 
     @property
     def repo_id(self) -> str | None:

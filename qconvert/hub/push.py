@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from qconvert import manifest, naming
+from qconvert import manifest, naming, registry
 from qconvert.errors import ContractViolation, NotFound, UsageError, printable
 from qconvert.hub import target
 from qconvert.hub.content import LocalFile, Progress, look_at
@@ -49,7 +49,8 @@ def push(
     name = naming.plain(folder.resolve().name)
     if document is not None:
         method = document["method"]
-        name = naming.default_name(document["source"]["name"], method["verb"], method)
+        unusual = registry.info(method["verb"]).unusual(document["container"])
+        name = naming.default_name(document["source"]["name"], method["verb"], method, unusual)
     options = PushOptions(repo_id, private, revision, create_pr, unverified)
     found = target.find(options, name, source_of(document))
     return push_folder(folder, found, unverified=unverified, progress=progress)
