@@ -122,6 +122,7 @@ def _is_ours(document: object) -> bool:
             "validation": dict(),
             "source": {"name": str()},
             "method": {"verb": str(), "bits": _},
+            "container": str(),
         }:
             return all(isinstance(sha256, str) for sha256 in files.values())
     return False

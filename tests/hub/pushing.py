@@ -53,6 +53,7 @@ def result(
         "fingerprint": fingerprint,
         "source": {**known, "private": False, "gated": False, **source},
         "method": {"verb": "hqq", "bits": 4, "group_size": 64},
+        "container": "hqq",
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         "validation": {"verdict": verdict, "reports": []},
     }

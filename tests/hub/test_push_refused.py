@@ -195,6 +195,7 @@ _GOOD = {
     "validation": {"verdict": "verified"},
     "source": {"name": "model"},
     "method": {"verb": "hqq", "bits": 4},
+    "container": "hqq",
 }
 MANIFESTS = [
     b"",
