@@ -23,7 +23,7 @@ from pathlib import Path
 from qconvert import manifest
 from qconvert.errors import ContractViolation, Forbidden, HubError, NotFound, PushIncomplete
 from qconvert.hub import client, target
-from qconvert.hub.commit import Commit, Outcome, commit, tree_of
+from qconvert.hub.commit import Commit, Outcome, commit
 from qconvert.hub.content import (
     GIT_MOST,
     Content,
@@ -38,6 +38,7 @@ from qconvert.hub.publish import CARD_NAME, Elsewhere, Pushed, publish, pushed
 from qconvert.hub.ranges import fetch_many
 from qconvert.hub.stale import stale
 from qconvert.hub.target import Target
+from qconvert.hub.tree import tree_of
 from qconvert.hub.upload import Meter, additions, upload
 from qconvert.leftovers import Sealed
 from qconvert.staging import MANIFEST_NAME

@@ -20,6 +20,7 @@ from qconvert.errors import HubError, Network, PushIncomplete, RevisionMoved
 from qconvert.hub import client
 from qconvert.hub.content import Content, difference, missing
 from qconvert.hub.target import head_of
+from qconvert.hub.tree import tree_of
 from qconvert.hub.upload import plain_errors
 from qconvert.types import RemoteFile
 
@@ -48,24 +49,6 @@ class Outcome:
 
     def reached(self, tree: Mapping[str, RemoteFile]) -> bool:
         return not missing(self.wanted, tree) and not any(name in tree for name in self.gone)
-
-
-def tree_of(repo_id: str, revision: str) -> dict[str, RemoteFile]:
-    """Every file of a repository at a revision."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    listed = client.call(
-        lambda: list(HfApi().list_repo_tree(repo_id, revision=revision, recursive=True)),
-        repo_id,
-        revision,
-        retries=1,  # the library's own are six; before 2.0, none for the first page
-    )
-    return {
-        file.path: RemoteFile(file.size, file.blob_id, file.lfs.sha256 if file.lfs else None)
-        for file in listed
-        if isinstance(file, RepoFile)
-    }
 
 
 def commit(

@@ -9,7 +9,7 @@ hash, which is all that later downloads are believed by.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -66,38 +66,52 @@ def resolve(model: str, revision: str | None = None) -> Repository:
     )
     if not (_ID.fullmatch(info.id) and info.sha and _HEX40.fullmatch(info.sha)):
         raise Network(f"the Hub names no commit of {printable(model)}")
-    commit = info.sha
-    listed = client.call(
-        lambda: list(HfApi().list_repo_tree(info.id, revision=commit, recursive=True)),
-        info.id,
-        commit,
-        retries=1,  # the library has six of its own, but some versions none for the first page
-    )
     moved = info.id.lower() != model.lower()
     return Repository(
         id=info.id,
-        commit=commit,
+        commit=info.sha,
         asked=model,
         private=bool(info.private),
         gated=bool(info.gated),
-        files=_files(listed, info.id),
+        files=_plain(tree_of(info.id, info.sha), info.id),
         warnings=(f"{printable(model)} is now {info.id} on the Hub",) if moved else (),
     )
 
 
-def _files(listed: Iterable[Any], repo_id: str) -> Mapping[str, RemoteFile]:
-    files: dict[str, RemoteFile] = {}
-    for entry in listed:
-        if not hasattr(entry, "blob_id"):  # a folder
-            continue
-        name, lfs = str(entry.path), entry.lfs
-        if len(name) > _MAX_NAME or not name.isprintable() or _ODD.search(name):
-            if sidefiles.wanted(name):
-                raise UnsafePath("not a plain file name", file=f"{repo_id}/{name}")
-            continue
-        sha256 = lfs.sha256 if lfs is not None and _HEX64.fullmatch(lfs.sha256) else None
-        files[name] = RemoteFile(int(entry.size), str(entry.blob_id), sha256)
-    return files
+def tree_of(repo_id: str, revision: str) -> dict[str, RemoteFile]:
+    """Every file of a repository at a revision, whatever it is called.
+
+    Raises the errors of `client.call`.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    listed = client.call(
+        lambda: list(HfApi().list_repo_tree(repo_id, revision=revision, recursive=True)),
+        repo_id,
+        revision,
+        retries=1,  # the library's own are six; before 2.0, none for the first page
+    )
+    return {
+        str(file.path): RemoteFile(int(file.size), str(file.blob_id), _sha256(file.lfs))
+        for file in listed
+        if isinstance(file, RepoFile)
+    }
+
+
+def _sha256(lfs: Any) -> str | None:
+    return lfs.sha256 if lfs is not None and _HEX64.fullmatch(lfs.sha256) else None
+
+
+def _plain(files: Mapping[str, RemoteFile], repo_id: str) -> Mapping[str, RemoteFile]:
+    """The files with names that may be those of files here; raises UnsafePath (see `resolve`)."""
+    plain: dict[str, RemoteFile] = {}
+    for name, file in files.items():
+        if len(name) <= _MAX_NAME and name.isprintable() and not _ODD.search(name):
+            plain[name] = file
+        elif sidefiles.wanted(name):
+            raise UnsafePath("not a plain file name", file=f"{repo_id}/{name}")
+    return plain
 
 
 def _twin(repository: Repository, original: str, revision: str | None) -> Repository:
