@@ -31,7 +31,6 @@ from qconvert.hub.content import (
     Progress,
     difference,
     git_oid,
-    identity_of,
     look,
 )
 from qconvert.hub.publish import CARD_NAME, Elsewhere, Pushed, publish, pushed
@@ -42,6 +41,7 @@ from qconvert.hub.tree import tree_of
 from qconvert.hub.upload import Meter, additions, upload
 from qconvert.leftovers import Sealed
 from qconvert.staging import MANIFEST_NAME
+from qconvert.tensors import identity
 from qconvert.types import JSON, Plan, RemoteFile, Repository, Shard
 
 _NOTES = ".qconvert"
@@ -86,7 +86,7 @@ class BranchSink:
         oid = git_oid(path.read_bytes()) if sealed.size <= GIT_MOST else None
         content = Content(sealed.size, sealed.sha256, oid)
         note = manifest.dump({**asdict(sealed), "oid": oid})
-        file = LocalFile(path, content, identity_of(path))
+        file = LocalFile(path, content, identity(path.stat()))
         meter = Meter({shard.name: sealed.size}, self._progress)
         operations = [
             *additions({shard.name: file}, meter),

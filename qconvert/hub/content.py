@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qconvert import digest
 from qconvert.errors import ContractViolation
 from qconvert.safepath import file_inside
+from qconvert.tensors import identity
 from qconvert.types import RemoteFile
 
 GIT_MOST = 16_000_000
@@ -44,7 +46,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """A file that is to be sent; `identity` is what must not change until it is."""
+    """A file that is to be sent; `identity` (`tensors.identity`) must not change until it is."""
 
     path: Path
     content: Content
@@ -53,7 +55,7 @@ class LocalFile:
     def check_unchanged(self) -> None:
         """Raises ContractViolation if the file is not the one that was hashed."""
         try:
-            now = identity_of(self.path)
+            now = identity(self.path.stat())
         except OSError:
             now = None
         if now != self.identity:
@@ -64,24 +66,26 @@ class LocalFile:
             )
 
 
-def identity_of(path: Path) -> tuple[int, int, int]:
-    """(size, modification time, inode)."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+def git_hash(size: int) -> Any:
+    """A hash object that comes to git's sha1 of a file once its `size` bytes went into it."""
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
 
 
 def git_oid(data: bytes) -> str:
     """Git's sha1 of a file of these bytes."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    found = git_hash(len(data))
+    found.update(data)
+    return str(found.hexdigest())
 
 
 def look(path: Path, on_bytes: Callable[[int], None] | None = None) -> LocalFile:
     """Hashes a file."""
-    identity = identity_of(path)
+    before = identity(path.stat())
     with path.open("rb", buffering=0) as file:
         sha256 = digest.sha256(file.fileno(), on_bytes=on_bytes)
-    oid = git_oid(path.read_bytes()) if identity[0] <= GIT_MOST else None
-    return LocalFile(path, Content(identity[0], sha256, oid), identity)
+    size = before[0]
+    oid = git_oid(path.read_bytes()) if size <= GIT_MOST else None
+    return LocalFile(path, Content(size, sha256, oid), before)
 
 
 def look_at(folder: Path, names: Iterable[str], progress: Progress | None) -> dict[str, LocalFile]:

@@ -8,7 +8,6 @@ they are here; weights are compared when they are read (see `source.SourceReader
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 from qconvert import digest, modelconfig, shards, sidefiles
 from qconvert.errors import CorruptFile, DiskFull, Network, NotFound, SourceError
 from qconvert.hub import client
+from qconvert.hub.content import git_oid
 from qconvert.safepath import open_regular, read_bytes, regular_file
 from qconvert.types import RemoteFile, Repository
 
@@ -174,8 +174,7 @@ def compare(root: Path, name: str, promised: RemoteFile, stop: Event | None = No
             os.close(descriptor)
     else:
         kind, expected = "git blob", promised.oid
-        data = read_bytes(root, name, promised.size)
-        found = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        found = git_oid(read_bytes(root, name, promised.size))
     if found != expected and not (stop and stop.is_set()):
         raise CorruptFile(
             "not what the Hub's tree says",

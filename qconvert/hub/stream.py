@@ -21,6 +21,7 @@ from threading import Condition, Thread
 from typing import Any
 
 from qconvert.errors import CorruptFile
+from qconvert.hub.content import git_hash
 from qconvert.hub.transfer import Fetcher
 from qconvert.source import span
 from qconvert.types import Array, Checkpoint, TensorInfo
@@ -66,7 +67,7 @@ class _Hash:
     git: Any = None
 
     def __post_init__(self) -> None:
-        self.git = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+        self.git = git_hash(self.size)
 
 
 class StreamReader:
