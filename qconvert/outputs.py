@@ -91,6 +91,24 @@ class OpenShard:
         pass
 
 
+def finish(outputs: Sequence[Outputs], workers: Sequence[Future[None]]) -> None:
+    """Waits until the workers have ended and every full shard is sealed and taken.
+
+    Raises what the first of them raises, at once: the others may be waiting for bytes that nobody
+    makes room for any more. The kernel may hand a signal to any thread, and Python runs its
+    handler in the main thread, when that next wakes up: so it does not sleep for long.
+    """
+    while True:
+        futures = [*workers, *(future for out in outputs for future in out.at_work())]
+        pending = {future for future in futures if not future.done()}
+        for future in futures:
+            if future not in pending:
+                future.result()
+        if not pending and len(futures) == len(workers) + sum(len(o.at_work()) for o in outputs):
+            return
+        wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
+
+
 class Outputs:
     """All shards of one pour. `sealed` is what became of them so far."""
 
@@ -156,22 +174,9 @@ class Outputs:
         elif self._wait_for_room():
             self._hand_on(shard, sealed)
 
-    def finish(self, workers: Sequence[Future[None]]) -> None:
-        """Waits until the workers have ended and every full shard is sealed and taken.
-
-        Raises what the first of them raises, at once: the others may be waiting for bytes that
-        nobody makes room for any more. The kernel may hand a signal to any thread, and Python runs
-        its handler in the main thread, when that next wakes up: so it does not sleep for long.
-        """
-        while True:
-            futures = [*workers, *self._sealing, *self._taking]
-            pending = {future for future in futures if not future.done()}
-            for future in futures:
-                if future not in pending:
-                    future.result()
-            if not pending and len(futures) == len([*workers, *self._sealing, *self._taking]):
-                return
-            wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
+    def at_work(self) -> list[Future[None]]:
+        """What seals and takes shards, or has."""
+        return [*self._sealing, *self._taking]
 
     def close(self) -> None:
         """Ends the threads and closes what is open; after `abort`, as soon as they notice."""

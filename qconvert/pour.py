@@ -14,40 +14,29 @@ to be, while its source is still in memory.
 
 from __future__ import annotations
 
+import heapq
 import re
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Protocol
-
-import numpy as np
+from dataclasses import dataclass
 
 from qconvert import leftovers
 from qconvert.errors import NonFinite
-from qconvert.leftovers import Leftovers, Sealed
-from qconvert.origins import Copied, Origin, Quantize, Quantized, Solved
-from qconvert.outputs import OpenShard, Outputs, Sink
+from qconvert.leftovers import Sealed
+from qconvert.origins import Quantize
+from qconvert.outputs import Sink, finish
+from qconvert.pouring import Floor, Job, Order, Pouring, Prove
+from qconvert.shared import Shared
 from qconvert.solution import Solution
-from qconvert.source import Reader, SourceReader
+from qconvert.source import Closeable, SourceReader
 from qconvert.staging import Staging, output_errors
-from qconvert.tiles import global_name, tiles_of
-from qconvert.types import ITEMSIZE, JSON, TORCH_NAMES, Array, Parts, Plan, PlanEntry, Tile
+from qconvert.types import TORCH_NAMES, Plan, PlanEntry, Tile
+
+__all__ = ["Order", "Poured", "Progress", "Prove", "pour", "pour_together", "unquantizable"]
 
 Progress = Callable[[int, int, str], None]
 """Called with (source bytes done, source bytes in all, what is at work), from any thread."""
-
-Prove = Callable[[PlanEntry, Reader, Reader], JSON]
-"""Compares a tensor's source (the first reader's) with what was written (the second's, by the
-plan's output names) while the source is at hand; the journal keeps what it returns."""
-
-
-class Closeable(Reader, AbstractContextManager["Closeable"], Protocol):
-    """A reader that is to be closed after use, or earlier: then who waits in it gets an error."""
-
-    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -82,218 +71,107 @@ def pour(
 
     Peak memory: `threads` tiles (see `Plan.peak_bytes`), and what a stream holds.
     """
-    left = leftovers.survey(plan, staging, sink.done if sink else {}, proved=prove is not None)
-    files = left.files(plan)
-    staging.record(begin=files if source else [])
-    with source(files) if source else SourceReader(plan.checkpoint) as reader:
-        origins: list[Origin] = [Quantized(reader, plan.container, quantize), Copied(reader)]
-        if solution is not None:
-            origins.insert(0, Solved(solution, plan.container))
-        pouring = _Pouring(
-            plan, staging, reader, origins, left, progress or _silent, prove, sink,
-            streamed=source is not None,
-        )  # fmt: skip
-        return pouring.run(threads)
+    order = Order(plan, staging, solution, prove, sink)
+    outcome = pour_together(
+        [order], threads=threads, quantize=quantize, progress=progress, source=source
+    )[0]
+    if isinstance(outcome, NonFinite):
+        raise outcome
+    return outcome
 
 
-def _silent(done: int, total: int, what: str) -> None:
-    """No progress wanted."""
+def pour_together(
+    orders: Sequence[Order],
+    *,
+    threads: int,
+    quantize: Quantize | None = None,
+    progress: Progress | None = None,
+    source: Callable[[Sequence[str]], Closeable] | None = None,
+) -> list[Poured | NonFinite]:
+    """Pours several plans of one checkpoint side by side, reading every tensor once.
+
+    See `pour`. What cannot be quantized is returned in the place of that plan's outcome, since
+    another format may well hold it; everything else is raised, and ends them all.
+
+    Peak memory: that of `pour`, and with more than one plan the two largest tensors.
+    """
+    surveyed = [
+        leftovers.survey(
+            order.plan,
+            order.staging,
+            order.sink.done if order.sink else {},
+            proved=order.prove is not None,
+        )
+        for order in orders
+    ]
+    checkpoint = orders[0].plan.checkpoint
+    wanted = [left.files(order.plan) for order, left in zip(orders, surveyed, strict=True)]
+    files = [file for file in checkpoint.files if any(file in own for own in wanted)]
+    for order, own in zip(orders, wanted, strict=True):
+        order.staging.record(begin=own if source else [])
+    with source(files) if source else SourceReader(checkpoint) as opened:
+        reader = Shared(opened, len(orders)) if len(orders) > 1 else opened
+        run = _Run(reader, progress, streamed=source is not None)
+        for order, left in zip(orders, surveyed, strict=True):
+            run.pourings.append(Pouring(run.floor, order, left, quantize))
+        return run.pour(threads)
 
 
-@dataclass(slots=True)
-class _Job:
-    """A tensor at work: how many of its tiles are open, and the parts kept for its end."""
-
-    entry: PlanEntry
-    origin: Origin
-    target: OpenShard
-    open_tiles: int
-    checksum: int = 0
-    kept: dict[int, Parts] = field(default_factory=dict)
-    non_finite: NonFinite | None = None
-
-
-class _Pouring:
-    """What the workers of one `pour` share; `lock` guards all that changes.
+class _Run:
+    """The workers of one `pour`, and what they are at.
 
     `turn` is held by the worker that fetches the next tile: it may wait there for room on disk,
     while the others go on.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        staging: Staging,
-        reader: Closeable,
-        origins: Sequence[Origin],
-        left: Leftovers,
-        progress: Progress,
-        prove: Prove | None,
-        sink: Sink | None,
-        *,
-        streamed: bool,
-    ) -> None:
-        self.plan = plan
-        self.staging = staging
-        self.reader = reader
-        self.origins = origins
-        self.left = left
-        self.progress = progress
-        self.prove = prove
-        self.streamed = streamed
-        self.lock = threading.Lock()
-        self.turn = threading.Lock()
-        self.abort = threading.Event()
-        self.outputs = Outputs(plan, staging, reader, sink, self.abort)
-        self.done = 0
-        self.total = sum(entry.tensor.nbytes for entry in plan.entries)
-        self.failed: list[_Job] = []
-        self.resumed_bytes = 0
+    def __init__(self, reader: Closeable, progress: Progress | None, *, streamed: bool) -> None:
+        self.pourings: list[Pouring] = []
+        self.floor = Floor(reader, streamed, threading.Event(), self._tell)
+        self._progress = progress
+        self._turn = threading.Lock()
 
-    def run(self, threads: int) -> Poured:
-        work = self._work()
+    def pour(self, threads: int) -> list[Poured | NonFinite]:
+        # All are at one tensor before any begins the next: each plan has them in the same order.
+        work = heapq.merge(*(p.work() for p in self.pourings), key=lambda item: item[0].index)
         pool = ThreadPoolExecutor(threads, "pour")
         try:
-            self.outputs.finish([pool.submit(self._worker, work) for _ in range(threads)])
+            workers = [pool.submit(self._worker, work) for _ in range(threads)]
+            finish([pouring.outputs for pouring in self.pourings], workers)
         except BaseException:
-            self.abort.set()
-            if self.streamed:  # a worker may be waiting for bytes that nobody makes room for
-                self.reader.close()
+            self.floor.abort.set()
+            if self.floor.streamed:  # a worker may be waiting for bytes that nobody makes room for
+                self.floor.reader.close()
             raise
         finally:
             pool.shutdown()
-            self.outputs.close()
-        if self.failed:
-            raise unquantizable([(job.entry, job.non_finite) for job in self.failed])
-        return Poured(self.outputs.sealed, self.resumed_bytes)
+            for pouring in self.pourings:
+                pouring.outputs.close()
+        return [_outcome(pouring) for pouring in self.pourings]
 
-    def _worker(self, work: Iterator[tuple[_Job, Tile]]) -> None:
+    def _worker(self, work: Iterator[tuple[Job, Tile]]) -> None:
         try:
-            with output_errors(self.staging.tree):
-                while not self.abort.is_set():
-                    with self.turn:
-                        item = next(work, None)
-                    if item is None:
-                        return
-                    self._pour_tile(*item)
+            while not self.floor.abort.is_set():
+                with self._turn:
+                    item = next(work, None)
+                if item is None:
+                    return
+                job, tile = item
+                with output_errors(job.pouring.staging.tree):
+                    job.pouring.pour_tile(job, tile)
         except BaseException:
-            self.abort.set()
+            self.floor.abort.set()
             raise
 
-    def _work(self) -> Iterator[tuple[_Job, Tile]]:
-        """Every tile that is still to be poured, in file order. Runs under `turn`."""
-        for shard in self.plan.shards:
-            if sealed := self.left.sealed.get(shard.name):
-                for index in shard.entries:
-                    self._skip(self.plan.entries[index])
-                self.outputs.finished_earlier(shard, sealed)
-                continue
-            target = self.outputs.open(shard)
-            if target is None:
-                return
-            for index in shard.entries:
-                entry = self.plan.entries[index]
-                tiles = tiles_of(entry, self.plan.container)
-                origin = next(o for o in self.origins if o.has(entry))
-                job = _Job(entry, origin, target, len(tiles))
-                if entry.tensor.name in self.left.poured:
-                    if proof := self.left.poured[entry.tensor.name]:
-                        target.proofs[entry.tensor.name] = proof
-                    self._skip(entry)
-                    self._close(job)
-                    continue
-                if not tiles:
-                    self._end_tensor(job)
-                for tile in tiles:
-                    yield job, tile
+    def _tell(self, what: str) -> None:
+        if self._progress is not None:
+            done = sum(pouring.done for pouring in self.pourings)
+            self._progress(done, sum(pouring.total for pouring in self.pourings), what)
 
-    # ── one tile ─────────────────────────────────────────────────────────────────────────────
 
-    def _pour_tile(self, job: _Job, tile: Tile) -> None:
-        entry = job.entry
-        checksum = 0
-        kept: Parts = {}
-        non_finite = None
-        try:
-            checksum, kept = self._write_tile(job, tile, job.origin.tile(entry, tile))
-        except NonFinite as error:
-            non_finite = error
-        with self.lock:
-            job.checksum += checksum
-            job.non_finite = job.non_finite or non_finite
-            if kept:
-                job.kept[tile.index] = kept
-            job.open_tiles -= 1
-            last = job.open_tiles == 0
-            self.done += tile.numel * ITEMSIZE[entry.tensor.dtype]
-            done = self.done
-        self.progress(done, self.total, entry.tensor.name)
-        if last:
-            self._end_tensor(job)
-
-    def _write_tile(self, job: _Job, tile: Tile, parts: Parts) -> tuple[int, Parts]:
-        """Writes what the tile has a place for; returns its checksum and what it has none for."""
-        checksum = 0
-        rest = {name: _bytes(array) for name, array in parts.items()}
-        for write in tile.writes:
-            data = rest[write.part]
-            checksum += self._write(job, write.part, write.offset, data[: write.nbytes])
-            rest[write.part] = data[write.nbytes :]
-        written = {write.part for write in tile.writes}
-        return checksum, {name: array for name, array in parts.items() if name not in written}
-
-    def _write(self, job: _Job, part: str, offset: int, data: memoryview) -> int:
-        """Writes bytes of a local tensor at their planned place; returns their checksum."""
-        target = job.target
-        at = target.shard.offsets[global_name(job.entry, part)] + offset
-        self.outputs.write(target, data, at)
-        return zlib.crc32(data, at & 0xFFFFFFFF)
-
-    def _end_tensor(self, job: _Job) -> None:
-        entry = job.entry
-        if job.non_finite is None:
-            kept = _concatenate(job.kept)
-            job.kept = {}
-            try:
-                parts = job.origin.finish(entry, kept)
-            except NonFinite as error:
-                job.non_finite = error
-            else:
-                for name, part in parts.items():
-                    job.checksum += self._write(job, name, 0, _bytes(part))
-        if job.non_finite is None:
-            self._record(job)
-        self.reader.release(entry.tensor)
-        self._close(job)
-
-    def _record(self, job: _Job) -> None:
-        """Journals a finished tensor, with what was proved of it."""
-        entry = job.entry
-        proof: JSON = {}
-        if self.prove is not None:
-            proof["proof"] = self.prove(entry, self.reader, job.target)
-            job.target.proofs[entry.tensor.name] = proof["proof"]
-        if self.streamed:
-            proof["streamed"] = True
-        self.staging.record(tensor=entry.tensor.name, checksum=job.checksum, **proof)
-
-    def _close(self, job: _Job) -> None:
-        """Counts a tensor as done; after the last of a shard that is sealed."""
-        with self.lock:
-            target = job.target
-            if job.non_finite is not None:
-                self.failed.append(job)
-                target.failed = True
-            target.open_entries -= 1
-            if target.open_entries == 0:
-                self.outputs.seal_full()
-
-    def _skip(self, entry: PlanEntry) -> None:
-        """Counts a tensor that an earlier run has finished."""
-        self.reader.release(entry.tensor)
-        with self.lock:
-            self.done += entry.tensor.nbytes
-            self.resumed_bytes += entry.tensor.nbytes
+def _outcome(pouring: Pouring) -> Poured | NonFinite:
+    if pouring.failed:
+        return unquantizable([(job.entry, job.non_finite) for job in pouring.failed])
+    return Poured(pouring.outputs.sealed, pouring.resumed_bytes)
 
 
 def unquantizable(found: Sequence[tuple[PlanEntry, object]], hint: str = "") -> NonFinite:
@@ -313,15 +191,3 @@ def unquantizable(found: Sequence[tuple[PlanEntry, object]], hint: str = "") -> 
         dtype = TORCH_NAMES[next(e.outputs[0].dtype for e, _ in found if e.layer is None)]
         hint = f"what is not quantized is stored in {dtype} here; qconvert int8 keeps its dtype"
     return NonFinite(what, hint=hint or f"keep them in full precision with --skip '^({pattern})$'")
-
-
-def _bytes(array: Array) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _concatenate(kept: dict[int, Parts]) -> Parts:
-    """Joins what the tiles kept, in tile order."""
-    if not kept:
-        return {}
-    in_order = [kept[index] for index in sorted(kept)]
-    return {name: np.concatenate([parts[name] for parts in in_order]) for name in in_order[0]}

@@ -12,6 +12,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -227,6 +228,12 @@ class Reader(Protocol):
     def release(self, tensor: TensorInfo) -> None:
         """Says that the tensor will not be read again."""
         ...
+
+
+class Closeable(Reader, AbstractContextManager["Closeable"], Protocol):
+    """A reader that is to be closed after use, or earlier: then who waits in it gets an error."""
+
+    def close(self) -> None: ...
 
 
 class OpenFile(Protocol):
