@@ -18,6 +18,8 @@ from qconvert.errors import UnsupportedConfig, UsageError, printable
 from qconvert.types import JSON
 
 FILE = "config.json"
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""Where a config, or one of its sub-configs, says how the weights are quantized."""
 MAX_BYTES = 10_000_000
 
 _REQUIRED_SIZES = tuple(
@@ -69,7 +71,7 @@ def parse(data: bytes, parse_float: Callable[[str], Any] | None = None) -> JSON:
 def refuse_quantized(config: JSON) -> None:
     """Raises UsageError, naming the method, for a checkpoint that is already quantized."""
     for part in (config, *config.values()):
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTIZATION_KEYS:
             found = part.get(key) if isinstance(part, dict) else None
             if found is not None:
                 method = found.get("quant_method", "unknown") if isinstance(found, dict) else found

@@ -25,8 +25,11 @@ def default_name(
 
     `container` is named where it is not the method's usual one.
     """
-    suffix = f"-{verb.upper()}-{options['bits']}bit{_scheme(options)}"
-    suffix += f"-{container}" if container else ""
+    if verb == "dequantize":  # the model's name tells what it was
+        suffix = f"-{options['dtype']}"
+    else:
+        suffix = f"-{verb.upper()}-{options['bits']}bit{_scheme(options)}"
+        suffix += f"-{container}" if container else ""
     return plain(model, _LONGEST - len(suffix)) + suffix
 
 

@@ -51,6 +51,8 @@ _REASONS = {
     Kind.OTHER: "not a linear layer",
 }
 OUTSIDE = "outside the decoder's blocks, where calibration does not reach"
+DECODED, AS_IT_WAS = "decoded", "as it was"
+"""Why a tensor is copied where the layers that are not were named."""
 TUNED = "tuned with its block"
 """How the reason of every tensor starts whose values may differ from the source's."""
 
@@ -98,29 +100,36 @@ def make_plan(
     threads: int = 1,
     calibration: JSON | None = None,
     tune: bool = False,
+    layers: Mapping[str, Method] | None = None,
 ) -> Plan:
     """Decides what becomes of every tensor and where in the output it lies.
 
     Reads config.json, headers and the sizes of side files; no weights. `calibration` is what a
     calibrated method's result depends on (`nsamples` and `seqlen` also decide what it takes), and
-    `tune` whether norms and biases learn with their blocks. Raises UsageError when nothing is left
+    `tune` whether norms and biases learn with their blocks. `layers` names those to be quantized,
+    and each one's method; without it all that can be are. Raises UsageError when nothing is left
     to quantize or an override matches no layer, UnsupportedConfig and RemoteCode when no model can
     be built from config.json, or it has no blocks that can be calibrated.
     """
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     structure = linears.structure(checkpoint.config, shapes)
     format_ = contract.load(container.name)
-    dtype = format_.dtype or announced_dtype(checkpoint)
+    if not format_.variants:
+        layers = {}
+    dtype = getattr(method, "dtype", None) or format_.dtype or announced_dtype(checkpoint)
     blocks = find_blocks(structure) if getattr(method, "calibrated", False) else None
     if blocks is not None and overrides:
         raise UsageError(
             f"one scheme holds for the whole model: {container.name} knows no --override",
             hint=f"--skip '{overrides[0].pattern.pattern}' keeps layers in full precision",
         )
-    rules = _Rules(checkpoint, structure, method, container, skip, overrides, dtype, blocks, tune)
+    rules = _Rules(
+        checkpoint, structure, method, container, skip, overrides, dtype, blocks, tune, layers
+    )
     entries = tuple(_decide(tensor, rules) for tensor in checkpoint.tensors.values())
     _refuse_missing(structure)
-    _refuse_useless(entries, skip, overrides)
+    if layers is None:
+        _refuse_useless(entries, skip, overrides)
     shards = cut_into_shards(entries, max_shard_bytes)
     draft = Plan(
         checkpoint=checkpoint,
@@ -129,7 +138,7 @@ def make_plan(
         container=container,
         entries=entries,
         shards=shards,
-        skip_modules=skip_modules(structure, entries),
+        skip_modules=skip_modules(structure, entries) if format_.variants else (),
         generated={},
         copied=checkpoint.side_files,
         peak_bytes=0,
@@ -193,6 +202,8 @@ class _Rules:
     blocks: Blocks | None
     """Of a calibrated method: nothing outside of them is quantized."""
     tune: bool
+    layers: Mapping[str, Method] | None
+    """By name on disk: those to be quantized, where it is not for us to choose."""
 
     def in_block(self, module: str) -> bool:
         return self.blocks is not None and block_of(self.blocks, module) is not None
@@ -201,14 +212,17 @@ class _Rules:
 def _decide(tensor: TensorInfo, rules: _Rules) -> PlanEntry:
     role = rules.structure.roles[tensor.name]
     name = tensor.name.removesuffix(".weight")
+    decoded = tensor.name in rules.checkpoint.encoded
 
     def copy(reason: str, action: Action = Action.COPY) -> PlanEntry:
-        target = rules.dtype if _follows_dtype(tensor) else tensor.dtype
+        target = rules.dtype if decoded or _follows_dtype(tensor) else tensor.dtype
         if target != tensor.dtype:
             reason += f"; cast from {tensor.dtype} as its loader would"
         spec = TensorSpec(tensor.name, target, tensor.shape)
         return PlanEntry(tensor, action, reason, (spec,))
 
+    if rules.layers is not None and name not in rules.layers:
+        return copy(DECODED if decoded else AS_IT_WAS)
     if _is_tuned(tensor, role, rules):
         return copy(TUNED, Action.TUNE)
     if role.kind not in (Kind.LINEAR, Kind.CONV1D):
@@ -241,7 +255,7 @@ def _decide(tensor: TensorInfo, rules: _Rules) -> PlanEntry:
         transposed=transposed,
         has_bias=f"{name}.bias" in rules.checkpoint.tensors,
     )
-    own: Any = rules.method
+    own: Any = rules.layers[name] if rules.layers is not None else rules.method
     for override in rules.overrides:
         if override.pattern.search(name):
             own = replace(own, **override.options)

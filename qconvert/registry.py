@@ -67,8 +67,8 @@ class MethodInfo:
                 f"{options.get('container') or next(iter(self.layouts))}",
                 hint=f"qconvert {self.verb} --help",
             )
-        if "compute_dtype" in takes:
-            given.setdefault("compute_dtype", dtype)
+        for name in {"compute_dtype", "dtype"} & takes.keys():
+            given.setdefault(name, dtype)
         return make(**layout.fixed, **given), layout.load_container()
 
     def unusual(self, container: str) -> str | None:
@@ -179,10 +179,23 @@ METHODS = (
     ),
 )
 
+DEQUANTIZE = MethodInfo(
+    verb="dequantize",
+    summary="Full precision again, for loaders that know nothing of the format",
+    layouts={
+        "plain": Layout(
+            "qconvert.containers.plain:FullPrecision", "qconvert.containers.plain:PLAIN"
+        )
+    },
+    bits=(16, 32),
+    options={"dtype": "bfloat16, float16 or float32 (default: what config.json announces)"},
+)
+"""A verb like the methods', but none: it ends where they begin."""
+
 
 def info(verb: str) -> MethodInfo:
     """The method of that name, built in or from an entry point; raises UsageError."""
-    for method in METHODS:
+    for method in (*METHODS, DEQUANTIZE):
         if method.verb == verb:
             return method
     from importlib.metadata import entry_points  # 20 ms that built-in methods need not pay

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from qconvert.hub.target import PushOptions
 
 
+_DTYPES = ("compute_dtype", "dtype")
+"""Options whose values have other names on the command line."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What a user asks for. `options` are the method's own (see `qconvert formats`)."""
@@ -127,7 +131,7 @@ def command(request: Request, planned: Plan) -> str:
     if checkpoint.revision:
         words += ["--revision", checkpoint.revision]
     for name, value in sorted(request.options.items()):
-        words += _option(name, TORCH_NAMES.get(value, value) if name == "compute_dtype" else value)
+        words += _option(name, TORCH_NAMES.get(value, value) if name in _DTYPES else value)
     if request.calibration is not None:
         for name, value, default in _calibration_fields(request.calibration):
             words += _option(name, value) if value != default else []

@@ -106,13 +106,20 @@ def output_config(
     """The output's config.json, and the dotted paths of the keys that were removed from it.
 
     `dtype` is torch's name of what unquantized tensors are stored in, such as "bfloat16"; it is
-    written as `dtype` (transformers 5) and `torch_dtype` (transformers 4 and other readers).
+    written as `dtype` (transformers 5) and `torch_dtype` (transformers 4 and other readers). What
+    the source said of its own quantization goes; `quantization_config`, unless empty, comes.
     Raises UnsupportedConfig as `modelconfig.parse` does.
     """
     config = modelconfig.parse(config_bytes, parse_float=_Literal)
     removed: list[str] = []
     config = _without_code(config, "", removed)
-    config |= {"dtype": dtype, "torch_dtype": dtype, "quantization_config": quantization_config}
+    for part in (config, *config.values()):
+        for key in modelconfig.QUANTIZATION_KEYS:
+            if isinstance(part, dict):
+                part.pop(key, None)
+    config |= {"dtype": dtype, "torch_dtype": dtype}
+    if quantization_config:
+        config["quantization_config"] = quantization_config
     return (_dump(config, "\n") + "\n").encode("utf-8"), tuple(removed)
 
 
