@@ -63,7 +63,7 @@ def to_torch(array: Array, dtype: str) -> Any:
     """A torch tensor over the bits of an array in a safetensors dtype."""
     import torch
 
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    tensor = torch.from_numpy(np.asarray(array, order="C"))  # ascontiguousarray: () becomes (1,)
     return tensor.view(torch.bfloat16) if dtype == "BF16" else tensor
 
 

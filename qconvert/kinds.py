@@ -6,7 +6,8 @@ Only a layer that every loader replaces, and that still works then, is LINEAR:
   `isinstance`: they part ways over a subclass, such as nn.MultiheadAttention's out_proj);
 - not in the class's `_keep_in_fp32_modules` (T5's `wo`): bitsandbytes never replaces those;
 - called, never read: Mamba multiplies by `dt_proj.weight` itself, which is packed bytes once it is
-  quantized. Found in the source of the class that owns the layer;
+  quantized, and RWKV scales `block.attention.output.weight` in place. Found in the source of the
+  class that owns the layer, or that reaches into its parent;
 - reached by one path: replaced at one of two, it would no longer be shared.
 
 Every other linear layer is a HEAD or KEPT.
@@ -42,6 +43,8 @@ def kinds_of(model: Any) -> dict[str, Kind]:
     heads = {key.removesuffix(".bias") for key in get_keys_to_not_convert(model)}
     everything = dict(model.named_modules(remove_duplicate=False))
     uses = Counter(id(module) for module in everything.values())
+    reached = {tail for cls in set(map(type, everything.values())) for tail in _weights_read(cls)}
+    reached = {f".{tail}" for tail in reached if "." in tail}
     kinds = {}
     for path, module in everything.items():
         owner, _, leaf = path.rpartition(".")
@@ -60,6 +63,7 @@ def kinds_of(model: Any) -> dict[str, Kind]:
             uses[id(module)] > 1
             or not should_convert_module(path, kept)
             or leaf in _weights_read(parent.__class__)
+            or any(path.endswith(tail) for tail in reached)
         ):
             kinds[path] = Kind.KEPT
         elif isinstance(module, Conv1D):
@@ -85,10 +89,15 @@ def _is_experts(path: str, module: nn.Module) -> bool:
 
 @cache
 def _weights_read(cls: type[Any]) -> frozenset[str]:
-    """Children whose `.weight` the class's own code reads as a tensor, by attribute name."""
+    """Children whose `.weight` the class's own code reads as a tensor, by attribute name.
+
+    Of a child of another module, that module's name comes first: "attention.output".
+    """
     found: set[str] = set()
     for name, method in inspect.getmembers(cls, inspect.isfunction):
-        if name == "__init__" or not method.__module__.startswith("transformers.models."):
+        if name in ("__init__", "_init_weights") or not method.__module__.startswith(
+            "transformers.models."
+        ):
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
@@ -114,6 +123,13 @@ def _collect_reads(node: ast.AST, found: set[str]) -> None:
             ctx=ast.Load(),
         ):
             found.add(child_name)
+            return
+        case ast.Attribute(
+            value=ast.Attribute(value=ast.Attribute(attr=parent_name), attr=child_name),
+            attr="weight",
+            ctx=ast.Load(),
+        ):
+            found.add(f"{parent_name}.{child_name}")
             return
     for child in ast.iter_child_nodes(node):
         _collect_reads(child, found)

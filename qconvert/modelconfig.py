@@ -9,6 +9,7 @@ from. The bounds lie well above any published model: they catch nonsense, not am
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,6 +46,10 @@ _OTHER_SIZES = tuple(
 )
 """Keys that may be absent, 0 or negative (`vision_feature_layer: -2`), but never huge."""
 
+_UNBOUNDED = "time_step_limit"
+"""Of Mamba 2, published as `[0.0, Infinity]`, which is Python's JSON and nobody else's: the one key
+that may be infinite. transformers 5 writes `{"__float__": "Infinity"}` for it."""
+
 _DROPPED = re.compile(
     r"quantization_config|compression_config|auto_map|custom_pipelines|_name_or_path|"
     r"(torch_)?dtype|_?(attn|experts)_implementation(_internal)?|use_kernels|kernel_config"
@@ -57,8 +62,9 @@ def parse(data: bytes, parse_float: Callable[[str], Any] | None = None) -> JSON:
     `parse_float` receives the literal of every number that is not an integer.
     """
     config = strictjson.loads(
-        data, file=FILE, max_bytes=MAX_BYTES, error=UnsupportedConfig, parse_float=parse_float
-    )
+        data, file=FILE, max_bytes=MAX_BYTES, error=UnsupportedConfig, parse_float=parse_float,
+        infinity=True,
+    )  # fmt: skip
     if not isinstance(config, dict):
         raise UnsupportedConfig("not a JSON object", file=FILE)
     if not isinstance(config.get("model_type", ""), str):
@@ -87,6 +93,8 @@ def check(config: JSON) -> None:
     Sub-configs (`text_config`, `vision_config`, …) are looked at too.
     """
     for path, key, value in _leaves(config, ""):
+        if value == math.inf and key != _UNBOUNDED:
+            raise _unusable(path, "a finite number", value)
         for pattern, high in _REQUIRED_SIZES:
             if pattern.fullmatch(key):
                 if value is not None and (type(value) is not int or not 1 <= value <= high):
@@ -117,12 +125,17 @@ def sections(config: JSON) -> tuple[JSON, JSON]:
 
 
 def inert(config: JSON) -> JSON:
-    """A deep copy without the keys that choose code, kernels, dtypes or downloads."""
+    """A deep copy without the keys that choose code, kernels, dtypes or downloads.
+
+    Infinity is a float in it, however it was written.
+    """
     copy: JSON = _without_dropped(config)
     return copy
 
 
 def _without_dropped(value: Any) -> Any:
+    if value == {"__float__": "Infinity"}:
+        return math.inf
     if isinstance(value, dict):
         kept = {k: _without_dropped(v) for k, v in value.items() if not _DROPPED.fullmatch(k)}
         if "use_pretrained_backbone" in kept:

@@ -35,12 +35,14 @@ def loads(
     error: type[SourceError] = CorruptFile,
     parse_float: Callable[[str], Any] | None = None,
     parse_object: Callable[[dict[str, Any]], Any] | None = None,
+    infinity: bool = False,
 ) -> Any:
     """Parses one JSON document; raises `error`, naming `file`, on anything dubious.
 
     `max_values` bounds the commas and opening brackets, hence memory: two bytes of `[]` cost 60.
-    `parse_float` receives the literal of every finite float. `parse_object` may turn a JSON
-    object into something smaller than a dict.
+    `parse_float` receives the literal of every float. `parse_object` may turn a JSON
+    object into something smaller than a dict. `infinity` takes the word Infinity, which Python
+    writes, for a float.
     """
 
     def refuse(what: str) -> SourceError:
@@ -62,6 +64,8 @@ def loads(
         return float(literal) if parse_float is None else parse_float(literal)
 
     def constant(literal: str) -> Any:
+        if infinity and literal == "Infinity":
+            return math.inf if parse_float is None else parse_float(literal)
         raise refuse(f"{literal} is not JSON")
 
     def distinct(pairs: list[tuple[str, Any]]) -> Any:
