@@ -82,14 +82,26 @@ def tiny(
 
     Same arguments, same bytes. `max_shard_size` is that of `save_pretrained`: "50KB", or bytes.
     """
+    architecture, sizes = MODELS[kind]
+    save(architecture, sizes, root / kind, dtype=dtype, max_shard_size=max_shard_size, seed=seed)
+    return root / kind
+
+
+def save(
+    architecture: str,
+    sizes: dict[str, Any],
+    folder: Path,
+    *,
+    dtype: str = "bfloat16",
+    max_shard_size: str | int = "5GB",
+    seed: int = 0,
+) -> None:
+    """Saves a random model of the class in `folder`. Same arguments, same bytes."""
     import torch
     import transformers
 
-    architecture, sizes = MODELS[kind]
     cls = getattr(transformers, architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls(cls.config_class(**sizes)).to(getattr(torch, dtype)).eval()
-    folder = root / kind
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    return folder
