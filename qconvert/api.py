@@ -18,11 +18,10 @@ from qconvert.calibration.report import OnEvent
 from qconvert.hub.push import Pushed, push
 from qconvert.hub.target import PushOptions
 from qconvert.layout import DEFAULT_SHARD_BYTES
-from qconvert.pour import Progress
 from qconvert.reproduction import Reproduction, reproduce
 from qconvert.request import Request, Result
 from qconvert.source import open_checkpoint
-from qconvert.types import Plan
+from qconvert.types import Plan, Progress
 from qconvert.validation.folder import Validation, validate_folder
 
 __all__ = [

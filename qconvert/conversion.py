@@ -27,12 +27,12 @@ from qconvert.calibration.report import OnEvent, figures_from
 from qconvert.errors import CorruptFile, DiskFull, HubError, NonFinite, UsageError
 from qconvert.outputs import Sink, shards_at_once
 from qconvert.planning import announced_dtype, make_plan
-from qconvert.pour import Poured, Progress, pour
+from qconvert.pour import Poured, pour
 from qconvert.request import Request, Result, default_name, output_folder, worker_count
 from qconvert.solution import Solution
 from qconvert.source import open_checkpoint
 from qconvert.staging import Staging
-from qconvert.types import JSON, Plan, Report, Verdict
+from qconvert.types import JSON, Plan, Progress, Report, Verdict
 
 if TYPE_CHECKING:
     from qconvert.calibration.prepare import Prepared

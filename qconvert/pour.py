@@ -31,12 +31,9 @@ from qconvert.shared import Shared
 from qconvert.solution import Solution
 from qconvert.source import Closeable, SourceReader
 from qconvert.staging import Staging, output_errors
-from qconvert.types import TORCH_NAMES, Plan, PlanEntry, Tile
+from qconvert.types import TORCH_NAMES, Plan, PlanEntry, Progress, Tile
 
-__all__ = ["Order", "Poured", "Progress", "Prove", "pour", "pour_together", "unquantizable"]
-
-Progress = Callable[[int, int, str], None]
-"""Called with (source bytes done, source bytes in all, what is at work), from any thread."""
+__all__ = ["Order", "Poured", "Prove", "pour", "pour_together", "unquantizable"]
 
 
 @dataclass(slots=True)

@@ -30,11 +30,10 @@ from qconvert import card, conversion, devices, recipe
 from qconvert.calibration import plot
 from qconvert.calibration.report import OnEvent
 from qconvert.errors import ContractViolation, NotFound, printable
-from qconvert.pour import Progress
 from qconvert.source import open_checkpoint
 from qconvert.staging import MANIFEST_NAME
 from qconvert.stored import Stored, open_stored, open_target
-from qconvert.types import Plan
+from qconvert.types import Plan, Progress
 from qconvert.validation import pairs
 from qconvert.validation.hashing import hashes_of
 from qconvert.validation.numeric import check_numeric

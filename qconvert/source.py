@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ from qconvert import modelconfig, shards, sidefiles
 from qconvert.errors import CorruptFile, Network, NotFound, UsageError, printable
 from qconvert.safepath import open_regular, read_bytes, regular_file
 from qconvert.tensors import identity, read_exactly
-from qconvert.types import ITEMSIZE, Array, Checkpoint, Repository, TensorInfo
+from qconvert.types import ITEMSIZE, Array, Checkpoint, Progress, Repository, TensorInfo
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _AROUND_ID = re.compile(
@@ -85,9 +84,7 @@ def open_repository(
     return open_folder(root, repository=repository, remote=True, quantized=quantized)
 
 
-def localize(
-    checkpoint: Checkpoint, progress: Callable[[int, int, str], None] | None = None
-) -> Checkpoint:
+def localize(checkpoint: Checkpoint, progress: Progress | None = None) -> Checkpoint:
     """The same checkpoint with all that a conversion reads downloaded to the Hub's cache.
 
     `progress` is called with (bytes done, in all, what is at work). Raises the errors of

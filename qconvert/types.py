@@ -29,6 +29,8 @@ else:  # numpy takes 0.1 s to import, and `--help` needs none of it
 JSON = dict[str, Any]
 Parts = Mapping[str, Array]
 """Local tensor name ("weight", "SCB", "W_q") → array, or uint8 bytes of it."""
+Progress = Callable[[int, int, str], None]
+"""Called with (bytes or steps done, in all, what is at work), from any thread."""
 
 ITEMSIZE: Mapping[str, int] = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8,

@@ -28,7 +28,6 @@ from qconvert.hub.content import (
     GIT_MOST,
     Content,
     LocalFile,
-    Progress,
     difference,
     git_oid,
     look,
@@ -42,7 +41,7 @@ from qconvert.hub.upload import Meter, additions, upload
 from qconvert.leftovers import Sealed
 from qconvert.staging import MANIFEST_NAME
 from qconvert.tensors import identity
-from qconvert.types import JSON, Plan, RemoteFile, Repository, Shard
+from qconvert.types import JSON, Plan, Progress, RemoteFile, Repository, Shard
 
 _NOTES = ".qconvert"
 _MOST_OF_NOTE = 64 << 20

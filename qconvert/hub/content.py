@@ -21,13 +21,10 @@ from qconvert import digest
 from qconvert.errors import ContractViolation
 from qconvert.safepath import file_inside
 from qconvert.tensors import identity
-from qconvert.types import RemoteFile
+from qconvert.types import Progress, RemoteFile
 
 GIT_MOST = 16_000_000
 """Bytes. The Hub takes 10 MB as an ordinary file of git; more is LFS whatever it is."""
-
-Progress = Callable[[int, int, str], None]
-"""Called with (bytes done, bytes in all, what is at work), from any thread."""
 
 
 @dataclass(frozen=True, slots=True)

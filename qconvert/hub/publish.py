@@ -17,12 +17,12 @@ from typing import Any
 from qconvert.errors import ContractViolation, HubError, printable
 from qconvert.hub import client
 from qconvert.hub.commit import Commit, Outcome, commit, pull_with
-from qconvert.hub.content import Content, LocalFile, Progress, missing
+from qconvert.hub.content import Content, LocalFile, missing
 from qconvert.hub.stale import stale
 from qconvert.hub.target import MAIN, Target, create
 from qconvert.hub.tree import tree_of
 from qconvert.hub.upload import Meter, additions, upload
-from qconvert.types import JSON
+from qconvert.types import JSON, Progress
 from qconvert.version import __version__
 
 CARD_NAME = "README.md"

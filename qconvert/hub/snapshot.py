@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -22,10 +22,7 @@ from qconvert.errors import CorruptFile, DiskFull, Network, NotFound, SourceErro
 from qconvert.hub import client
 from qconvert.hub.content import git_oid
 from qconvert.safepath import open_regular, read_bytes, regular_file
-from qconvert.types import RemoteFile, Repository
-
-Progress = Callable[[int, int, str], None]
-"""Called with (bytes done, in all, what is at work), from any thread."""
+from qconvert.types import Progress, RemoteFile, Repository
 
 
 def small_files(repository: Repository, names: Sequence[str]) -> Path:

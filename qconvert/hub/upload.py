@@ -20,7 +20,8 @@ from typing import Any
 
 from qconvert.errors import HubError, printable
 from qconvert.hub import client
-from qconvert.hub.content import LocalFile, Progress
+from qconvert.hub.content import LocalFile
+from qconvert.types import Progress
 
 _RETRIES = 1
 """Of a whole round of uploads. Each request in it has been tried six times by the library, and

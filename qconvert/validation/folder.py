@@ -20,14 +20,13 @@ from qconvert.safepath import read_bytes
 from qconvert.shards import read_weights
 from qconvert.source import SourceReader, localize, looks_local, open_checkpoint
 from qconvert.stored import Stored, open_stored, open_target, seen, split_revision
-from qconvert.types import JSON, Checkpoint, Plan, Report
+from qconvert.types import JSON, Checkpoint, Plan, Progress, Report
 from qconvert.validation.contract import check_contract, unreadable
 from qconvert.validation.reports import (
     CONTRACT,
     LEVELS,
     NUMERIC,
     RELOAD,
-    Progress,
     Validation,
     require,
     verdict,

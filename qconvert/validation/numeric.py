@@ -40,12 +40,20 @@ from typing import Any, TypeVar
 from qconvert import linears
 from qconvert.source import SourceReader
 from qconvert.stored import LayerReader, Stored
-from qconvert.types import ITEMSIZE, Checkpoint, Plan, Report, Structure, TensorInfo, Tile
+from qconvert.types import (
+    ITEMSIZE,
+    Checkpoint,
+    Plan,
+    Progress,
+    Report,
+    Structure,
+    TensorInfo,
+    Tile,
+)
 from qconvert.validation import pairs
 from qconvert.validation.bands import Compared, failing, numeric_report
 from qconvert.validation.comparison import Errors
 from qconvert.validation.hashing import Hashing
-from qconvert.validation.reports import Progress
 from qconvert.validation.tuned import Change, tuned_names
 
 T = TypeVar("T")

@@ -29,9 +29,9 @@ from typing import IO, Any
 from qconvert import contract
 from qconvert.stored import Stored
 from qconvert.text import human_bytes
-from qconvert.types import JSON, Check, Checkpoint, Report
+from qconvert.types import JSON, Check, Checkpoint, Progress, Report
 from qconvert.validation import isolation, truncate
-from qconvert.validation.reports import RELOAD, Progress
+from qconvert.validation.reports import RELOAD
 
 HELD_OUT = Path(__file__).parent.parent / "demo" / "heldout.txt"
 MAX_TOKENS = 2048

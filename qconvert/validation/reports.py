@@ -11,7 +11,7 @@ proved, however good its contract is, and `Validation.verdict` is then None.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qconvert.errors import (
@@ -22,9 +22,6 @@ from qconvert.errors import (
     printable,
 )
 from qconvert.types import Check, Report, Verdict
-
-Progress = Callable[[int, int, str], None]
-"""Called with (bytes or steps done, in all, what is at work), from any thread."""
 
 CONTRACT, NUMERIC, RELOAD = LEVELS = ("contract", "numeric", "reload")
 

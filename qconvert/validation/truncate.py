@@ -24,8 +24,7 @@ from qconvert.errors import printable
 from qconvert.safepath import regular_file
 from qconvert.source import Reader, SourceReader
 from qconvert.stored import Stored
-from qconvert.types import ITEMSIZE, JSON, Checkpoint, TensorInfo, TensorSpec
-from qconvert.validation.reports import Progress
+from qconvert.types import ITEMSIZE, JSON, Checkpoint, Progress, TensorInfo, TensorSpec
 
 BLOCKS = 2
 
