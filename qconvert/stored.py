@@ -164,10 +164,11 @@ def split_revision(target: str | Path) -> tuple[str, str | None]:
     return name, revision
 
 
-def open_stored(folder: Path) -> Stored:
+def open_stored(folder: Path, *, plain: bool = False) -> Stored:
     """Reads config.json, index, headers, manifest and the small tensors that name options.
 
-    Raises UsageError for a folder that is not quantized, NotFound for one that is not there, and
+    Raises UsageError for a folder that is not quantized, unless it was dequantized (the manifest
+    says so, or `plain`, of a folder that has none yet), NotFound for one that is not there, and
     other SourceErrors for one that is not what it claims to be, as `source.open_folder` does.
     """
     if not folder.is_dir():
@@ -178,7 +179,8 @@ def open_stored(folder: Path) -> Stored:
     if modelconfig.FILE not in entries:
         raise NotFound(f"no {modelconfig.FILE}", file=folder)
     config = modelconfig.parse(read_bytes(root, modelconfig.FILE, modelconfig.MAX_BYTES))
-    container_of(config)
+    manifest = _manifest(root)
+    container_of(config, manifest, plain=plain)
     warnings: list[str] = []
     files, tensors = read_weights(root, entries, warnings)
     checkpoint = Checkpoint(
@@ -190,7 +192,7 @@ def open_stored(folder: Path) -> Stored:
         side_files={},
         warnings=tuple(warnings),
     )
-    return seen(checkpoint, _manifest(root))
+    return seen(checkpoint, manifest, plain=plain)
 
 
 def open_remote(repo_id: str, revision: str | None = None) -> Stored:
@@ -199,30 +201,28 @@ def open_remote(repo_id: str, revision: str | None = None) -> Stored:
     Raises what `open_stored` raises, and HubError. Without a connection the cache has to hold it.
     """
     checkpoint = open_repository(repo_id, revision, quantized=True)
-    container_of(checkpoint.config)
+    manifest: JSON | None = None
     if not checkpoint.remote or checkpoint.repository is None:
-        return seen(checkpoint, _manifest(checkpoint.root))
-    from qconvert.hub import snapshot
+        manifest = _manifest(checkpoint.root)
+    elif MANIFEST_NAME in checkpoint.repository.files:
+        from qconvert.hub import snapshot
 
-    repository = checkpoint.repository
-    manifest = None
-    if MANIFEST_NAME in repository.files:
-        manifest = _manifest(snapshot.small_files(repository, [MANIFEST_NAME]))
+        manifest = _manifest(snapshot.small_files(checkpoint.repository, [MANIFEST_NAME]))
     return seen(checkpoint, manifest)
 
 
-def seen(checkpoint: Checkpoint, manifest: JSON | None = None) -> Stored:
+def seen(checkpoint: Checkpoint, manifest: JSON | None = None, *, plain: bool = False) -> Stored:
     """A checkpoint of which the headers are known, with its quantized layers. Raises SourceErrors.
 
     On the Hub, all its small tensors are fetched together: there are thousands in a large model,
     and a request for each would take minutes.
     """
-    container = container_of(checkpoint.config)
+    container = container_of(checkpoint.config, manifest, plain=plain)
     small = _small_tensors(checkpoint)
     tensors, config = checkpoint.tensors, checkpoint.config
     with StoredReader(checkpoint, small) as reader:
         layers = container.layers_in(tensors, lambda name: read_raw(reader, tensors[name]), config)
-    if not layers:
+    if not layers and contract.load(container.name).variants:
         where = checkpoint.repo_id if checkpoint.remote else checkpoint.root
         raise CorruptFile(f"no layer that is quantized with {container.name}", file=where)
     owned = frozenset(spec.name for found in layers.values() for spec in _specs(container, *found))
@@ -268,10 +268,18 @@ def _specs(container: Container, layer: Layer, method: Method) -> tuple[TensorSp
     return tuple(replace(spec, name=f"{layer.name}.{spec.name}") for spec in local)
 
 
-def container_of(config: JSON) -> Container:
-    """That of a config.json's quantization_config; raises UsageError and UnsupportedConfig."""
+def container_of(
+    config: JSON, manifest: JSON | None = None, *, plain: bool = False
+) -> Container:
+    """That of a config.json's quantization_config; raises UsageError and UnsupportedConfig.
+
+    Where there is none: that of a dequantized checkpoint, if the manifest or `plain` says so.
+    """
     found = config.get("quantization_config")
     if found is None:
+        (name, layout), *_ = registry.DEQUANTIZE.layouts.items()
+        if plain or (manifest or {}).get("container") == name:
+            return layout.load_container()
         raise UsageError(
             f"the model is not quantized: no quantization_config in {modelconfig.FILE}",
             hint="name a folder that qconvert wrote, or such a repository",
