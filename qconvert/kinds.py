@@ -29,15 +29,15 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qconvert.types import Kind
+from qconvert.types import Kind, Role
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 _HARMLESS = ("dtype", "device", "shape", "ndim", "size", "is_meta")
 _DEAD_BRANCHES = ("slow_but_exact",)  # Bloom's replay of Megatron, for pretraining_tp > 1
 
 
-def kinds_of(model: Any) -> dict[str, Kind]:
-    """Module path → what its parameters are."""
+def roles_of(model: Any) -> dict[str, Role]:
+    """Module path → what its parameters are, and of a layer that is KEPT, why."""
     kept = [*model._keep_in_fp32_modules, *model._keep_in_fp32_modules_strict]
     # The loader's own choice; it forgets that the last module's last parameter may be its bias.
     heads = {key.removesuffix(".bias") for key in get_keys_to_not_convert(model)}
@@ -45,32 +45,35 @@ def kinds_of(model: Any) -> dict[str, Kind]:
     uses = Counter(id(module) for module in everything.values())
     reached = {tail for cls in set(map(type, everything.values())) for tail in _weights_read(cls)}
     reached = {f".{tail}" for tail in reached if "." in tail}
-    kinds = {}
+    roles = {}
     for path, module in everything.items():
         owner, _, leaf = path.rpartition(".")
         parent: Any = everything[owner]
+        why = ""
         if _is_router(path, module, everything):
-            kinds[path] = Kind.ROUTER
+            kind = Kind.ROUTER
         elif isinstance(module, nn.Embedding):
-            kinds[path] = Kind.EMBEDDING
+            kind = Kind.EMBEDDING
         elif _is_experts(path, module):
-            kinds[path] = Kind.EXPERTS
+            kind = Kind.EXPERTS
         elif not isinstance(module, nn.Linear | Conv1D):
-            kinds[path] = Kind.OTHER
+            kind = Kind.OTHER
         elif path in heads:
-            kinds[path] = Kind.HEAD
-        elif (
-            uses[id(module)] > 1
-            or not should_convert_module(path, kept)
-            or leaf in _weights_read(parent.__class__)
-            or any(path.endswith(tail) for tail in reached)
-        ):
-            kinds[path] = Kind.KEPT
+            kind = Kind.HEAD
+        elif uses[id(module)] > 1:
+            kind, why = Kind.KEPT, "one layer at several places of the model"
+        elif not should_convert_module(path, kept):
+            kind, why = Kind.KEPT, "the model keeps it in float32"
+        elif leaf in _weights_read(type(parent)) or any(path.endswith(tail) for tail in reached):
+            kind, why = Kind.KEPT, "the model reads its weight instead of calling it"
         elif isinstance(module, Conv1D):
-            kinds[path] = Kind.CONV1D
+            kind = Kind.CONV1D
+        elif type(module) is nn.Linear:
+            kind = Kind.LINEAR
         else:
-            kinds[path] = Kind.LINEAR if type(module) is nn.Linear else Kind.KEPT
-    return kinds
+            kind, why = Kind.KEPT, f"a {type(module).__name__}, which no loader replaces"
+        roles[path] = Role(path, kind, why)
+    return roles
 
 
 def _is_router(path: str, module: nn.Module, everything: Mapping[str, nn.Module]) -> bool:

@@ -47,7 +47,7 @@ _REASONS = {
     Kind.EMBEDDING: "embedding",
     Kind.ROUTER: "router of a mixture of experts",
     Kind.EXPERTS: "fused experts: no stock loader reads them quantized",
-    Kind.KEPT: "a linear layer that its loaders do not replace",
+    Kind.KEPT: "a linear layer that loaders keep",
     Kind.OTHER: "not a linear layer",
 }
 OUTSIDE = "outside the decoder's blocks, where calibration does not reach"
@@ -226,7 +226,7 @@ def _decide(tensor: TensorInfo, rules: _Rules) -> PlanEntry:
     if _is_tuned(tensor, role, rules):
         return copy(TUNED, Action.TUNE)
     if role.kind not in (Kind.LINEAR, Kind.CONV1D):
-        return copy(_REASONS[role.kind])
+        return copy(role.why or _REASONS[role.kind])
     if name == tensor.name or len(tensor.shape) != 2:
         return copy("bias" if tensor.name.endswith(".bias") else _REASONS[Kind.OTHER])
     if rules.skip is not None and rules.skip.search(name):

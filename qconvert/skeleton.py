@@ -44,7 +44,7 @@ from qconvert.errors import (
     UnsupportedConfig,
     printable,
 )
-from qconvert.kinds import kinds_of
+from qconvert.kinds import roles_of
 from qconvert.linears import Tensors
 from qconvert.types import JSON, Kind, Role, Structure
 
@@ -197,7 +197,7 @@ def in_memory(model: Any, names: Collection[str]) -> dict[str, tuple[str, bool]]
 
 def _structure(model: Any, tensors: Tensors, known: Mapping[str, tuple[str, bool]]) -> Structure:
     meta = model.state_dict()
-    kinds = kinds_of(model)
+    by_path = roles_of(model)
     renamings, _ = _transforms(model)
     roles: dict[str, Role] = {}
     modules: dict[str, str | None] = {
@@ -220,16 +220,16 @@ def _structure(model: Any, tensors: Tensors, known: Mapping[str, tuple[str, bool
             if isinstance(tensors, Mapping):
                 _check_shape(name, tensors[name], meta[target])
         path, _, leaf = target.rpartition(".")
-        kind = kinds.get(path, Kind.OTHER)
+        role = by_path.get(path, Role(path, Kind.OTHER))
         if path in modules and leaf == "weight":
             stem = name.removesuffix(".weight")
             if own:
                 modules[path] = stem
-            if kind in (Kind.LINEAR, Kind.CONV1D) and not (
+            if role.kind in (Kind.LINEAR, Kind.CONV1D) and not (
                 own and stem != name and _companions_follow(stem, renamings)
             ):
-                kind = Kind.KEPT
-        roles[name] = Role(path, kind)
+                role = Role(path, Kind.KEPT, "loaders change its name or shape as they load it")
+        roles[name] = role
     tied = {
         on_disk[target]
         for target, source in model.all_tied_weights_keys.items()

@@ -175,13 +175,18 @@ class Checkpoint:
 
 
 class Kind(StrEnum):
-    """What a weight tensor is to the model class; only LINEAR and CONV1D can be quantized."""
+    """What a weight tensor is to the model class; only LINEAR and CONV1D can be quantized.
+
+    EXPERT is for those who ask for it: transformers 4 builds the linear layer that it is on disk,
+    5 merges it with those of the other experts.
+    """
 
     LINEAR = "linear"
     CONV1D = "conv1d"  # GPT-2's transposed linear: the weight is [in_features, out_features]
     HEAD = "output head"
     EMBEDDING = "embedding"
     ROUTER = "router"
+    EXPERT = "linear layer of one expert"
     EXPERTS = "fused experts"
     KEPT = "linear layer that loaders keep"  # T5's wo, nn.MultiheadAttention's out_proj
     OTHER = "not a linear layer"
@@ -193,6 +198,8 @@ class Role:
 
     module: str
     kind: Kind
+    why: str = ""
+    """Why a layer is KEPT."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,12 +209,20 @@ class Structure:
     `roles` is keyed by the name on disk. `modules` maps the path in memory of every nn.Linear
     (and Conv1D) to its name on disk without ".weight" — or to None where the checkpoint has no
     tensor of its own for it (a tied head). `tied` lists disk names whose storage is another's.
+    `unfused_by` names the formats whose loaders put a linear layer for each expert in the place
+    of fused experts (Llama 4), and so have no place for what lies on disk.
     """
 
     architecture: str
     roles: Mapping[str, Role]
     modules: Mapping[str, str | None]
     tied: frozenset[str] = frozenset()
+    unfused_by: frozenset[str] = frozenset()
+
+    def path(self, name: str) -> str:
+        """Where the layer that is `name` on disk is in the model of the loaders that have one."""
+        role = self.roles[f"{name}.weight"]
+        return name if role.kind is Kind.EXPERT else role.module
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +232,7 @@ class Layer:
     name: str
     """Name on disk, without ".weight"."""
     module: str
-    """Path in the model in memory."""
+    """Path in the model in memory; of an expert, that of transformers 4."""
     tensor: TensorInfo
     out_features: int
     in_features: int
