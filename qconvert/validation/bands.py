@@ -34,10 +34,10 @@ class Compared:
 def numeric_report(stored: Stored, compared: Compared, source_sha256: Mapping[str, str]) -> Report:
     """Judges what `compared` says of a checkpoint; `stored` is as its model sees it."""
     checks = [
-        *_judge(stored, compared.layers),
+        *(_judge(stored, compared.layers) if stored.layers else []),
         _check("copies are the source's", _changed(stored, compared.copies)),
     ]
-    figures = _figures(stored, compared.layers)
+    figures = _figures(stored, compared.layers) if stored.layers else {}
     if changes := compared.changes:
         checks.append(_check("tuned tensors are close to the source's", too_far(stored, changes)))
         largest = max(found.relative for found in changes.values())

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from reprlib import repr as shortened
 from typing import Any
 
-from qconvert import arrays, contract, shards, sidefiles, upstream
+from qconvert import arrays, contract, shards, sidefiles
 from qconvert.errors import QConvertError, SourceError
+from qconvert.naming import CARD_NAME
 from qconvert.safepath import read_bytes
 from qconvert.staging import MANIFEST_NAME
 from qconvert.stored import Stored, read_raw
@@ -58,9 +59,12 @@ def check_contract(
         stored = stored.seen_as(structure)
         checks += [
             _check("no tensor is unexpected", _unexpected(stored, structure)),
-            _check("every linear layer is quantized or listed", _skip_list(stored, structure)),
+            _check("every linear layer is quantized or listed", _skip_list(stored, structure))
+            if stored.layers
+            else _check("every linear layer has its weight", _absent(structure)),
         ]
-    checks.append(_check("every quantized layer has its tensors", _tensors(stored)))
+    if stored.layers:
+        checks.append(_check("every quantized layer has its tensors", _tensors(stored)))
     if stored.manifest is not None:
         checks.append(_check("layers are those of the manifest", _against_manifest(stored)))
         checks.append(_hashes(stored, stored.manifest))
@@ -90,7 +94,7 @@ def _check(name: str, violations: Iterable[str]) -> Check:
 
 def _config(stored: Stored) -> Iterable[str]:
     data = contract.load(stored.container.name)
-    for violation in schema.violations(stored.config["quantization_config"], data.schema):
+    for violation in schema.violations(stored.config.get("quantization_config"), data.schema):
         yield f"config.json, {violation}"
     if data.dtype is not None:
         stated = [stored.config[key] for key in ("dtype", "torch_dtype") if key in stored.config]
@@ -129,8 +133,7 @@ def _skip_list(stored: Stored, structure: Structure) -> Iterable[str]:
         elif not covered or missing:
             absent = path if not covered else missing[0]
             yield f"config.json, {key}: {absent} is missing, as some loaders spell it"
-        if name is None and any(part.isdigit() for part in path.split(".")):
-            yield f"{path} has no tensor at all"
+    yield from _absent(structure)
 
 
 def _covers(entry: str, path: str) -> bool:
@@ -183,6 +186,13 @@ def _constant(value: Any, env: Mapping[str, Any], dtype: str) -> list[Any]:
     if dtype == "F32":
         return list(struct.unpack(f"{len(numbers)}f", struct.pack(f"{len(numbers)}f", *numbers)))
     return numbers
+
+
+def _absent(structure: Structure) -> Iterable[str]:
+    """Linear layers of the model's blocks that no tensor is for."""
+    for path, name in structure.modules.items():
+        if name is None and any(part.isdigit() for part in path.split(".")):
+            yield f"{path} has no tensor at all"
 
 
 def _unexpected(stored: Stored, structure: Structure) -> Iterable[str]:
@@ -261,7 +271,7 @@ def _hashes(stored: Stored, manifest: JSON) -> Check:
     wrong += [
         f"{file}: expected sha256 {expected[file]}, got {found}"
         for file, found in hashes.found.items()
-        if found != expected[file] and file != upstream.NAME
+        if found != expected[file] and file != CARD_NAME
     ]
     remarks = []
     if aside := sorted(hashes.others - set(strangers)):
@@ -269,8 +279,8 @@ def _hashes(stored: Stored, manifest: JSON) -> Check:
     if hashes.told:
         here = len(hashes.found) - hashes.told
         remarks.append(f"{hashes.told} by the Hub's tree, {here} hashed here")
-    if hashes.found.get(upstream.NAME) != expected.get(upstream.NAME):
-        remarks.append(f"{upstream.NAME} was edited after it was made")
+    if hashes.found.get(CARD_NAME) != expected.get(CARD_NAME):
+        remarks.append(f"{CARD_NAME} was edited after it was made")
     return Check(name, not wrong, listed(wrong) or "; ".join(remarks))
 
 

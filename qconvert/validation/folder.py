@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from qconvert import modelconfig
+from qconvert.containers.plain import PLAIN
 from qconvert.errors import (
     Gated,
     HubError,
@@ -112,7 +113,7 @@ def validate_plan(
     `numeric` is that level's report where each tensor was compared as it was made (`streamed.py`).
     """
     try:
-        stored = open_stored(tree)
+        stored = open_stored(tree, plain=plan.container.name == PLAIN.name)
     except QConvertError as error:
         return _validation([unreadable(error)])
     return _prove(
@@ -166,7 +167,7 @@ def _on_branch(repo_id: str, revision: str, small: Path, plan: Plan) -> Stored:
         repository=repository,
         remote=True,
     )
-    return seen(checkpoint)
+    return seen(checkpoint, plain=plan.container.name == PLAIN.name)
 
 
 def _prove(
