@@ -1,9 +1,9 @@
-"""What a result is called, as a folder and as a repository: `<model>-<METHOD>-<bits>bit…`.
+"""Names: what a result is called, `<model>-<METHOD>-<bits>bit…`, and what is one on the Hub.
 
-The names that people search for: Llama-2-7b-hf-HQQ-4bit, Mistral-7B-v0.1-AQLM-2bit-1x16. The model
-comes first, so that a list of repositories sorts by model; AQLM's scheme is there because it, and
-not the bits, decides which kernels can run the result. A name is valid on the Hub whatever the
-model's folder is called.
+Folder and repository have the name that people search for: Llama-2-7b-hf-HQQ-4bit,
+Mistral-7B-v0.1-AQLM-2bit-1x16. The model comes first, so that a list of repositories sorts by
+model; AQLM's scheme is there because it, and not the bits, decides which kernels can run the
+result. A name is valid on the Hub whatever the model's folder is called.
 """
 
 from __future__ import annotations
@@ -12,6 +12,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+CARD_NAME = "README.md"
+"""The file that the Hub shows as the page of a repository."""
+REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+"""The least of what an id is like; the Hub's rules are stricter."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _LONGEST = 96
 """Characters of a repository's name, by the Hub's rule."""
 _USUAL_GROUP = 8

@@ -26,10 +26,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qconvert import card, conversion, devices, recipe
+from qconvert import conversion, devices, recipe
 from qconvert.calibration import plot
 from qconvert.calibration.report import OnEvent
 from qconvert.errors import ContractViolation, NotFound, printable
+from qconvert.naming import CARD_NAME
 from qconvert.source import open_checkpoint
 from qconvert.staging import MANIFEST_NAME
 from qconvert.stored import Stored, open_stored, open_target
@@ -45,7 +46,7 @@ or libraries; of the whole model's, WHOLE_TOLERANCE. Measured with AQLM at 2 bit
 by AVX2 kernels and once by SSE's: 0.016 in the worst layer, 0.0002 in the whole."""
 WHOLE_TOLERANCE = 0.01
 _NAMED = 5
-_DESCRIPTIONS = (card.NAME, MANIFEST_NAME, plot.NAME, plot.PNG_NAME)
+_DESCRIPTIONS = (CARD_NAME, MANIFEST_NAME, plot.NAME, plot.PNG_NAME)
 """Files that tell of a run, its validation and its machine."""
 
 

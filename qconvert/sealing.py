@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from qconvert import card, manifest, staging
 from qconvert.calibration import plot
 from qconvert.leftovers import Sealed
+from qconvert.naming import CARD_NAME
 from qconvert.request import Request, command
 from qconvert.types import Plan, Report, Verdict
 
@@ -60,13 +61,13 @@ def seal(
     if solved:
         title = f"{planned.checkpoint.name}, AQLM {planned.method.scheme}"
         pictures = plot.pictures(solved.figures, title)
-    small = [*planned.generated, *planned.copied, *pictures, card.NAME]
+    small = [*planned.generated, *planned.copied, *pictures, CARD_NAME]
     hashes = {name: shard.sha256 for name, shard in sealed.items()}
     with staging.output_errors(tree):
         for name, data in pictures.items():
             staging.write_file(tree / name, data)
         document["files"] = {**hashes, **manifest.hash_files(tree, small[:-1])}
-        staging.write_file(tree / card.NAME, card.render(document))
+        staging.write_file(tree / CARD_NAME, card.render(document))
         document["files"] |= manifest.hash_files(tree, small[-1:])
         run = {"seconds": dict(seconds), "source": str(planned.checkpoint.root)}
         if solved:

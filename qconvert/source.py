@@ -20,17 +20,15 @@ from typing import Protocol
 
 from qconvert import modelconfig, shards, sidefiles
 from qconvert.errors import CorruptFile, Network, NotFound, UsageError, printable
+from qconvert.naming import CARD_NAME, REPO_ID
 from qconvert.safepath import open_regular, read_bytes, regular_file
 from qconvert.tensors import identity, read_exactly
 from qconvert.types import ITEMSIZE, Array, Checkpoint, Progress, Repository, TensorInfo
 
-_REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _AROUND_ID = re.compile(
     r"(https?://[^/]+/)?(?P<id>[\w.-]+/[\w.-]+)(/tree/(?P<tree>[\w.-]+))?(@(?P<at>[\w./-]+))?/*",
     re.ASCII,
 )
-_ALSO_SMALL = ("README.md",)
-"""Read beside config and index: the licence and other facts that the card carries over."""
 
 
 def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
@@ -62,7 +60,7 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
 
 def looks_local(model: str) -> bool:
     """Whether `model` cannot be a Hub id, so that it must have been meant as a path."""
-    return not _REPO_ID.fullmatch(model) or ".." in model or model.endswith(".git")
+    return not REPO_ID.fullmatch(model) or ".." in model or model.endswith(".git")
 
 
 def open_repository(
@@ -79,7 +77,7 @@ def open_repository(
     except Network as why:
         root, repository = snapshot.cached(repo_id, revision, why)
         return open_folder(root, repository=repository, quantized=quantized)
-    small = (modelconfig.FILE, shards.INDEX, *_ALSO_SMALL)
+    small = (modelconfig.FILE, shards.INDEX, CARD_NAME)  # whose licence the new card carries over
     root = snapshot.small_files(repository, [name for name in small if name in repository.files])
     return open_folder(root, repository=repository, remote=True, quantized=quantized)
 

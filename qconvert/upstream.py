@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 
 from qconvert import strictyaml
 from qconvert.errors import QConvertError
+from qconvert.naming import CARD_NAME
 from qconvert.safepath import read_bytes
 from qconvert.types import JSON
 
-NAME = "README.md"
 MAX_TEXT = 200
 MAX_PROMPT = 2000
 _MAX_CARD = 1_000_000
@@ -46,7 +46,7 @@ def read(root: Path) -> JSON:
     pipeline_tag, extra_gated_*. Never raises for what the file holds.
     """
     try:
-        return parse(read_bytes(root, NAME, _MAX_CARD))
+        return parse(read_bytes(root, CARD_NAME, _MAX_CARD))
     except (QConvertError, OSError):
         return {}
 
@@ -57,7 +57,7 @@ def parse(readme: bytes) -> JSON:
     if front is None:
         return {}
     try:
-        return carried(strictyaml.loads(front, file=NAME))
+        return carried(strictyaml.loads(front, file=CARD_NAME))
     except QConvertError:
         return {}
 

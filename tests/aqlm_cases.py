@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qconvert import arrays, card, manifest, registry, staging
+from qconvert import arrays, card, manifest, naming, registry, staging
 from qconvert.conversion import write_side_files
 from qconvert.methods.aqlm import AQLM
 from qconvert.planning import announced_dtype, make_plan
@@ -69,8 +69,8 @@ def write_aqlm(
         document = manifest.make_manifest(
             plan, verb="aqlm", options={}, command="", verdict=None, reports=()
         )
-        staging.write_file(staged.tree / card.NAME, card.render(document))
-        small = [*plan.generated, *plan.copied, card.NAME]
+        staging.write_file(staged.tree / naming.CARD_NAME, card.render(document))
+        small = [*plan.generated, *plan.copied, naming.CARD_NAME]
         hashes = {name: sealed.sha256 for name, sealed in poured.sealed.items()}
         document["files"] = {**hashes, **manifest.hash_files(staged.tree, small)}
         staging.write_file(staged.tree / staging.MANIFEST_NAME, manifest.dump(document))

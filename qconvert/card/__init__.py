@@ -14,6 +14,6 @@ could be talked to.
 
 from qconvert.card.findings import Finding
 from qconvert.card.lint import lint
-from qconvert.card.page import NAME, render
+from qconvert.card.page import render
 
-__all__ = ["NAME", "Finding", "lint", "render"]
+__all__ = ["Finding", "lint", "render"]

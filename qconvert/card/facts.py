@@ -13,13 +13,13 @@ import re
 from typing import Any
 
 from qconvert import upstream
+from qconvert.naming import COMMIT
 from qconvert.types import JSON
 
 MAX_DEPTH = 32
 LEVELS = ("contract", "numeric", "reload")
 _REPO_ID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?")
 _WORD = re.compile(r"[a-z][a-z0-9_]{0,31}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -57,7 +57,7 @@ class Facts:
     @property
     def commit(self) -> str | None:
         found = self.text("source", "revision")
-        return found if _COMMIT.fullmatch(found) else None
+        return found if COMMIT.fullmatch(found) else None
 
     @property
     def source_name(self) -> str:

@@ -7,12 +7,13 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from qconvert import strictyaml, upstream
+from qconvert import strictyaml
 from qconvert.card import licences
 from qconvert.card.facts import Facts, as_mapping, as_repo_id
 from qconvert.card.findings import ERROR, WARNING, Finding, shown
 from qconvert.card.front import dump, front_matter
 from qconvert.errors import CorruptFile
+from qconvert.naming import CARD_NAME
 from qconvert.types import JSON
 
 _TASK = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -29,7 +30,7 @@ def check_front(
         yield Finding(ERROR, "front matter", what, whole)
         return
     try:
-        data = strictyaml.loads(yaml, file=upstream.NAME, line=2)
+        data = strictyaml.loads(yaml, file=CARD_NAME, line=2)
     except CorruptFile as error:
         yield Finding(ERROR, "front matter", str(error), whole if facts else "")
         return

@@ -16,7 +16,6 @@ from qconvert.errors import UsageError
 from qconvert.text import human_bytes
 from qconvert.types import JSON, TORCH_NAMES, Kind
 
-NAME = "README.md"
 _MOST_ROWS = 20
 
 

@@ -10,6 +10,7 @@ import typer
 
 from qconvert.cli import options as opt
 from qconvert.errors import ContractViolation, NotFound, printable
+from qconvert.naming import CARD_NAME
 from qconvert.types import JSON
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ def _lint(found: _Found, path: str, *, json: bool) -> None:
 
     findings = cards.lint(found.readme or "", manifest=found.manifest, files=found.files)
     if found.readme is None:
-        fix = f"qconvert card {path} > {path}/README.md" if found.manifest else ""
-        findings = [cards.Finding("error", "README.md", "there is no card", fix), *findings]
+        fix = f"qconvert card {path} > {path}/{CARD_NAME}" if found.manifest else ""
+        findings = [cards.Finding("error", CARD_NAME, "there is no card", fix), *findings]
     errors = sum(finding.level == "error" for finding in findings)
     warnings = len(findings) - errors
     if json:
@@ -124,7 +125,7 @@ def _open(path: str, revision: str | None) -> _Found:
     from qconvert.staging import MANIFEST_NAME
 
     repository = tree.resolve(path, revision)
-    names = [name for name in ("README.md", MANIFEST_NAME) if name in repository.files]
+    names = [name for name in (CARD_NAME, MANIFEST_NAME) if name in repository.files]
     if not names:
         return _Found(None, None, frozenset(repository.files))
     return _read(snapshot.small_files(repository, names), frozenset(repository.files))
@@ -137,8 +138,8 @@ def _read(root: Path, files: frozenset[str]) -> _Found:
     from qconvert.stored import MAX_MANIFEST_BYTES
 
     readme = manifest = None
-    if "README.md" in files:
-        readme = read_bytes(root, "README.md", _MAX_CARD).decode("utf-8", "replace")
+    if CARD_NAME in files:
+        readme = read_bytes(root, CARD_NAME, _MAX_CARD).decode("utf-8", "replace")
     if MANIFEST_NAME in files:
         data = read_bytes(root, MANIFEST_NAME, MAX_MANIFEST_BYTES)
         manifest = strictjson.loads(data, file=MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)

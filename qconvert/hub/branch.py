@@ -32,13 +32,14 @@ from qconvert.hub.content import (
     git_oid,
     look,
 )
-from qconvert.hub.publish import CARD_NAME, Elsewhere, Pushed, publish, pushed
+from qconvert.hub.publish import Elsewhere, Pushed, publish, pushed
 from qconvert.hub.ranges import fetch_many
 from qconvert.hub.stale import stale
 from qconvert.hub.target import Target
 from qconvert.hub.tree import tree_of
 from qconvert.hub.upload import Meter, additions, upload
 from qconvert.leftovers import Sealed
+from qconvert.naming import CARD_NAME
 from qconvert.staging import MANIFEST_NAME
 from qconvert.tensors import identity
 from qconvert.types import JSON, Plan, Progress, RemoteFile, Repository, Shard

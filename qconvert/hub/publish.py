@@ -22,10 +22,9 @@ from qconvert.hub.stale import stale
 from qconvert.hub.target import MAIN, Target, create
 from qconvert.hub.tree import tree_of
 from qconvert.hub.upload import Meter, additions, upload
+from qconvert.naming import CARD_NAME
 from qconvert.types import JSON, Progress
 from qconvert.version import __version__
-
-CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ from qconvert import manifest, naming, registry
 from qconvert.errors import ContractViolation, NotFound, UsageError, printable
 from qconvert.hub import target
 from qconvert.hub.content import LocalFile, look_at
-from qconvert.hub.publish import CARD_NAME, Pushed, publish
+from qconvert.hub.publish import Pushed, publish
 from qconvert.hub.target import PushOptions, Target
+from qconvert.naming import CARD_NAME
 from qconvert.safepath import regular_file
 from qconvert.staging import MANIFEST_NAME
 from qconvert.types import JSON, Progress, Repository, Verdict

@@ -11,18 +11,17 @@ from a private or gated source without `--public`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qconvert.errors import Forbidden, NotFound, UsageError, printable
 from qconvert.hub import client
+from qconvert.naming import COMMIT
 from qconvert.types import JSON, Repository
 
 MAIN = "main"
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 
@@ -174,7 +173,7 @@ def _refuse_impossible(options: PushOptions, source: Repository | None) -> None:
     if options.repo_id is not None and not options.repo_id.strip():
         raise UsageError("no repository named to push to", hint="--repo-id ORG/NAME")
     _refuse_source(options.repo_id or "", options, source)
-    if options.revision is not None and _COMMIT.fullmatch(options.revision):
+    if options.revision is not None and COMMIT.fullmatch(options.revision):
         raise UsageError(
             f"--push-revision {options.revision} is a commit: a push goes to a branch",
             hint="--push-revision main",

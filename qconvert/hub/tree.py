@@ -25,13 +25,12 @@ from qconvert.errors import (
     printable,
 )
 from qconvert.hub import client
+from qconvert.naming import COMMIT, REPO_ID
 from qconvert.types import RemoteFile, Repository
 
 TIMEOUT = 30.0
 """Seconds for the API call about a repository."""
 
-_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
-_HEX40 = re.compile(r"[0-9a-f]{40}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _ODD = re.compile(r"(^|/)(\.{0,2}|\.git)(/|$)|\.\.|\\", re.IGNORECASE)
 """In a path: an empty, "." or ".git" part, ".." anywhere, a backslash."""
@@ -64,7 +63,7 @@ def resolve(model: str, revision: str | None = None) -> Repository:
     info = client.call(
         lambda: HfApi().model_info(model, revision=revision, timeout=TIMEOUT), model, revision
     )
-    if not (_ID.fullmatch(info.id) and info.sha and _HEX40.fullmatch(info.sha)):
+    if not (REPO_ID.fullmatch(info.id) and info.sha and COMMIT.fullmatch(info.sha)):
         raise Network(f"the Hub names no commit of {printable(model)}")
     moved = info.id.lower() != model.lower()
     return Repository(
