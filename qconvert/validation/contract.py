@@ -59,9 +59,12 @@ def check_contract(
         stored = stored.seen_as(structure)
         checks += [
             _check("no tensor is unexpected", _unexpected(stored, structure)),
-            _check("every linear layer is quantized or listed", _skip_list(stored, structure)),
+            _check("every linear layer is quantized or listed", _skip_list(stored, structure))
+            if stored.layers
+            else _check("every linear layer has its weight", _absent(structure)),
         ]
-    checks.append(_check("every quantized layer has its tensors", _tensors(stored)))
+    if stored.layers:
+        checks.append(_check("every quantized layer has its tensors", _tensors(stored)))
     if stored.manifest is not None:
         checks.append(_check("layers are those of the manifest", _against_manifest(stored)))
         checks.append(_hashes(stored, stored.manifest))
@@ -91,7 +94,7 @@ def _check(name: str, violations: Iterable[str]) -> Check:
 
 def _config(stored: Stored) -> Iterable[str]:
     data = contract.load(stored.container.name)
-    for violation in schema.violations(stored.config["quantization_config"], data.schema):
+    for violation in schema.violations(stored.config.get("quantization_config"), data.schema):
         yield f"config.json, {violation}"
     if data.dtype is not None:
         stated = [stored.config[key] for key in ("dtype", "torch_dtype") if key in stored.config]
@@ -130,8 +133,7 @@ def _skip_list(stored: Stored, structure: Structure) -> Iterable[str]:
         elif not covered or missing:
             absent = path if not covered else missing[0]
             yield f"config.json, {key}: {absent} is missing, as some loaders spell it"
-        if name is None and any(part.isdigit() for part in path.split(".")):
-            yield f"{path} has no tensor at all"
+    yield from _absent(structure)
 
 
 def _covers(entry: str, path: str) -> bool:
@@ -184,6 +186,13 @@ def _constant(value: Any, env: Mapping[str, Any], dtype: str) -> list[Any]:
     if dtype == "F32":
         return list(struct.unpack(f"{len(numbers)}f", struct.pack(f"{len(numbers)}f", *numbers)))
     return numbers
+
+
+def _absent(structure: Structure) -> Iterable[str]:
+    """Linear layers of the model's blocks that no tensor is for."""
+    for path, name in structure.modules.items():
+        if name is None and any(part.isdigit() for part in path.split(".")):
+            yield f"{path} has no tensor at all"
 
 
 def _unexpected(stored: Stored, structure: Structure) -> Iterable[str]:
