@@ -116,6 +116,11 @@ def make_plan(
     format_ = contract.load(container.name)
     if not format_.variants:
         layers = {}
+        if not checkpoint.encoded:
+            raise UsageError(
+                f"{checkpoint.name} is in full precision already: there is nothing to decode",
+                hint="name a quantized checkpoint",
+            )
     dtype = getattr(method, "dtype", None) or format_.dtype or announced_dtype(checkpoint)
     blocks = find_blocks(structure) if getattr(method, "calibrated", False) else None
     if blocks is not None and overrides:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qconvert.hub.target import PushOptions
 
 
-_DTYPES = ("compute_dtype", "dtype")
+DTYPES = ("compute_dtype", "dtype")
 """Options whose values have other names on the command line."""
 
 
@@ -131,7 +131,7 @@ def command(request: Request, planned: Plan) -> str:
     if checkpoint.revision:
         words += ["--revision", checkpoint.revision]
     for name, value in sorted(request.options.items()):
-        words += _option(name, TORCH_NAMES.get(value, value) if name in _DTYPES else value)
+        words += _option(name, TORCH_NAMES.get(value, value) if name in DTYPES else value)
     if request.calibration is not None:
         for name, value, default in _calibration_fields(request.calibration):
             words += _option(name, value) if value != default else []

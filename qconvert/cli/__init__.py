@@ -18,7 +18,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qconvert import errors
-from qconvert.cli import card_verb, convert_verbs, hints, hub_verbs, read_verbs
+from qconvert.cli import card_verb, convert_verbs, hints, hub_verbs, read_verbs, transcode_verbs
 from qconvert.version import __version__
 
 # numpy starts a pool of BLAS threads when it is imported, 60 ms of a short verb's time, and
@@ -35,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 convert_verbs.register(app)
+transcode_verbs.register(app)
 read_verbs.register(app)
 card_verb.register(app)
 hub_verbs.register(app)

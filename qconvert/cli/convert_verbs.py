@@ -7,7 +7,7 @@ signatures are put together here from two lists, and a new method adds only its 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -160,6 +160,8 @@ _POURING: Parameters = [
     ("overwrite", opt.Overwrite, False),
     ("restart", opt.Restart, False),
 ]
+WRITING: Parameters = [parameter for parameter in (*_PLANNING, *_POURING) if parameter[0] != "skip"]
+"""What every verb takes that writes a checkpoint."""
 
 
 def register(app: typer.Typer) -> None:
@@ -183,14 +185,29 @@ def register(app: typer.Typer) -> None:
 def _add(
     target: typer.Typer, verb: str, summary: str, parameters: Parameters, *, dry_run: bool = False
 ) -> None:
-    def command(**given: Any) -> None:
+    def convert(given: dict[str, Any]) -> None:
         given["dry_run"] = given.get("dry_run", False) or dry_run
-        run(verb, given)
+        own, options = _method_options(verb, given)
+        write(request(own, options, given), given)
+
+    add(target, verb, summary, [("model", opt.Model, ...), *parameters], convert)
+
+
+def add(
+    target: typer.Typer,
+    verb: str,
+    summary: str,
+    parameters: Parameters,
+    run: Callable[[dict[str, Any]], None],
+) -> None:
+    """Adds a command that writes a checkpoint; `run` gets what the user says, by name."""
+
+    def command(**given: Any) -> None:
+        run(given)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
-            inspect.Parameter("model", keyword, annotation=opt.Model),
             *(
                 inspect.Parameter(
                     name,
@@ -205,22 +222,17 @@ def _add(
     target.command(verb, help=f"{summary}.", rich_help_panel="Convert")(command)
 
 
-def run(verb: str, given: dict[str, Any]) -> None:
-    """Converts (or plans) as the options say, and prints the outcome."""
-    from qconvert.cli import show
-    from qconvert.cli.progress import progress_bar
-    from qconvert.cli.show_calibration import listener
-    from qconvert.conversion import convert, find_target, plan
+def request(verb: str, options: dict[str, Any], given: dict[str, Any]) -> Request:
+    """What the user asks for; `options` are the method's own. Raises UsageError."""
     from qconvert.request import Request
 
-    verb, method_options = _method_options(verb, given)
-    request = Request(
+    return Request(
         model=given["model"],
         method=verb,
-        options=method_options,
+        options=options,
         output=given["output"],
         revision=given["revision"],
-        skip=given["skip"],
+        skip=given.get("skip"),
         overrides=given.get("override") or (),
         calibration=_calibration(given) if "calibration" in given else None,
         max_shard_bytes=opt.parse_size(given["max_shard_size"]),
@@ -232,6 +244,15 @@ def run(verb: str, given: dict[str, Any]) -> None:
         stream=given["stream"],
         push=opt.push_options(given),
     )
+
+
+def write(request: Request, given: dict[str, Any]) -> None:
+    """Converts (or plans) what was asked for, and prints the outcome."""
+    from qconvert.cli import show
+    from qconvert.cli.progress import progress_bar
+    from qconvert.cli.show_calibration import listener
+    from qconvert.conversion import convert, find_target, plan
+
     screen = show.Screen(json=given["json"], quiet=given["quiet"])
     if given["dry_run"]:
         planned = plan(request)
@@ -262,14 +283,20 @@ def _method_options(verb: str, given: dict[str, Any]) -> tuple[str, dict[str, An
             )
         verb = "int8" if given["bits"] == 8 else "nf4"
         chosen = chosen if verb == "nf4" else {}
-    if name := chosen.get("compute_dtype"):
-        chosen["compute_dtype"] = dtype_from_torch(name)
-        if chosen["compute_dtype"] is None:
-            raise UsageError(
-                f"--compute-dtype {name!r}: expected one of {', '.join(TORCH_NAMES.values())}",
-                hint="--compute-dtype bfloat16",
-            )
+    if "compute_dtype" in chosen:
+        chosen["compute_dtype"] = dtype_of(chosen["compute_dtype"], "--compute-dtype")
     return verb, chosen
+
+
+def dtype_of(name: str | None, flag: str) -> str | None:
+    """ "BF16" of "bfloat16"; raises UsageError."""
+    dtype = None if name is None else dtype_from_torch(name)
+    if name is not None and dtype is None:
+        raise UsageError(
+            f"{flag} {name!r}: expected one of {', '.join(TORCH_NAMES.values())}",
+            hint=f"{flag} bfloat16",
+        )
+    return dtype
 
 
 def _seconds(planned: Plan, request: Request) -> float | None:

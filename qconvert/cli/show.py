@@ -97,9 +97,11 @@ class Screen:
         if not self.talks:
             return
         layers = sum(1 for _ in plan.quantized())
+        what = f"{layers} layers to {plan.layer_bits_per_weight:.2f} bits"
+        if not layers:
+            what = f"{len(plan.checkpoint.encoded)} tensors decoded to {plan.dtype}"
         self._err.print(
-            f"[bold]{escape(printable(plan.checkpoint.name))}[/]: {layers} layers to "
-            f"{plan.layer_bits_per_weight:.2f} bits, "
+            f"[bold]{escape(printable(plan.checkpoint.name))}[/]: {what}, "
             f"{human_bytes(_source_bytes(plan))} → {human_bytes(plan.weight_bytes)}, "
             f"peak memory ≤ {human_bytes(plan.peak_bytes)}",
             soft_wrap=True,
@@ -270,7 +272,10 @@ def _summary(
     from qconvert.request import output_folder
 
     calibrated = show_calibration.rows(plan, seconds) if plan.calibration else []
-    of_what = "codebooks and scales" if plan.calibration else "scales"
+    bits = f"[bold]{plan.bits_per_weight:.3f}[/] over the whole model"
+    if any(plan.quantized()):
+        of_what = "codebooks and scales" if plan.calibration else "scales"
+        bits += f", {plan.layer_bits_per_weight:.3f} over its quantized layers, {of_what} included"
     if plan.calibration:
         options = show_calibration.scheme(plan)
     else:
@@ -286,11 +291,7 @@ def _summary(
         *([] if request.hub_to_hub else [("output", escape(str(output_folder(request, plan))))]),
         *(show_hub.target_rows(target) if target else []),
         ("size", f"{human_bytes(_source_bytes(plan))} → {human_bytes(plan.weight_bytes)}"),
-        (
-            "bits per weight",
-            f"[bold]{plan.bits_per_weight:.3f}[/] over the whole model, "
-            f"{plan.layer_bits_per_weight:.3f} over its quantized layers, {of_what} included",
-        ),
+        ("bits per weight", bits),
         ("peak memory", f"≤ {human_bytes(plan.peak_bytes)}"),
         ("disk", f"{human_bytes(plan.disk_bytes)}"),
     ]

@@ -31,7 +31,7 @@ def show(path: str, revision: str | None = None, *, json: bool) -> None:
     for label in ("format", "source", "verdict", "made with"):
         head.add_row(label, escape(printable(data[label] or "unknown: no manifest")))
     method = ", ".join(sorted({module["method"] for module in _quantized(data["modules"])}))
-    head.add_row("method", escape(printable(" ".join([method, *_words(shared)]))))
+    head.add_row("method", escape(printable(" ".join([method or FULL, *_words(shared)]))))
     head.add_row("bytes", f"{data['bytes']:,} ({human_bytes(data['bytes'])})")
     head.add_row("bits per weight", f"[bold]{data['bits per weight']:.3f}[/]")
     out.print(head)
