@@ -25,9 +25,9 @@ from qconvert.version import __version__
 RUN_LOG_NAME = "qconvert-run.json"
 """Wall times and paths of the run: beside the result, but neither hashed nor pushed."""
 
-_LIBRARIES = (
-    "torch", "triton", "transformers", "numpy", "numba", "bitsandbytes", "hqq", "safetensors",
-)  # fmt: skip
+COMPUTING = ("qconvert", "torch", "triton", "transformers", "numpy", "numba")
+"""Whose versions may change a bit of a result."""
+_LIBRARIES = (*COMPUTING[1:], "bitsandbytes", "hqq", "safetensors")
 _SCHEMA = 1
 
 

@@ -15,15 +15,13 @@ from qconvert import devices, registry
 from qconvert.calibration.options import CalibrationOptions
 from qconvert.calibration.public import C4
 from qconvert.errors import CorruptFile, UsageError, printable
-from qconvert.manifest import versions
+from qconvert.manifest import COMPUTING, versions
 from qconvert.request import Request
 from qconvert.source import looks_local
 from qconvert.staging import MANIFEST_NAME
 from qconvert.stored import split_revision
 from qconvert.types import JSON, Checkpoint, Plan
 
-COMPUTING = ("qconvert", "torch", "triton", "transformers", "numpy", "numba")
-"""Whose versions may change a bit of a result."""
 _DEMO = "demo"
 
 

@@ -13,12 +13,9 @@ from dataclasses import asdict, dataclass, replace
 
 from qconvert import devices
 from qconvert.calibration.options import CalibrationOptions, Settings
-from qconvert.manifest import versions
+from qconvert.manifest import COMPUTING, versions
 from qconvert.planning import with_calibration
 from qconvert.types import JSON, Array, Checkpoint, Plan
-
-_COMPUTING = ("torch", "transformers", "numba", "triton")
-"""Libraries whose versions may change a bit of the result."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +51,7 @@ def read(
         **_as_json(read_now.settings, read_now.source),
         "device": devices.model_name(found[0]),
         "threads": threads,
-        "versions": {name: known[name] for name in _COMPUTING if name in known},
+        "versions": {name: known[name] for name in COMPUTING if name in known},
     }
     plan = with_calibration(plan, calibration, threads=threads)
     return (
