@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from qconvert import strictjson
@@ -74,8 +74,14 @@ def parse(data: bytes, parse_float: Callable[[str], Any] | None = None) -> JSON:
     return config
 
 
-def refuse_quantized(config: JSON) -> None:
-    """Raises UsageError, naming the method, for a checkpoint that is already quantized."""
+def refuse_quantized(config: JSON, *, decoded: Collection[str] = ()) -> None:
+    """Raises UsageError, naming the method, for a checkpoint that is already quantized.
+
+    `decoded` are the methods that are read; what raises here is another, or found too deep.
+    """
+    hint = "convert the full-precision model that it was made from"
+    if decoded:
+        hint += f"; of quantized ones are read: {', '.join(decoded)}"
     for part in (config, *config.values()):
         for key in QUANTIZATION_KEYS:
             found = part.get(key) if isinstance(part, dict) else None
@@ -83,7 +89,7 @@ def refuse_quantized(config: JSON) -> None:
                 method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
                 raise UsageError(
                     f"the model is already quantized with {printable(method)} ({key} in {FILE})",
-                    hint="convert the full-precision model that it was made from",
+                    hint=hint,
                 )
 
 

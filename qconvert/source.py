@@ -31,13 +31,15 @@ _AROUND_ID = re.compile(
 )
 
 
-def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str, *, revision: str | None = None, quantized: bool = False
+) -> Checkpoint:
     """The headers of `model`: "demo", a folder, or a Hub id ("org/name") at `revision`.
 
     A Hub id is resolved to a commit once. Of its files config.json, the index and the card are
     fetched, and the weights' headers by ranges: `remote` is True then, and reads go on by ranges
-    (see also `localize`). Raises SourceError, UsageError (already quantized, or a revision of
-    something that has none) or HubError.
+    (see also `localize`). `quantized` lets a quantized one pass. Raises SourceError, UsageError
+    (already quantized, or a revision of something that has none) or HubError.
     """
     if not model:
         raise UsageError("no model named", hint="demo, a folder, or a Hub id such as org/name")
@@ -50,9 +52,9 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
             raise NotFound(
                 f"no such folder: {printable(model)}", hint=did_you_mean(model) or _as_id(model)
             )
-        return open_folder(local, name="demo" if model == "demo" else None)
+        return open_folder(local, name="demo" if model == "demo" else None, quantized=quantized)
     try:
-        return open_repository(model, revision)
+        return open_repository(model, revision, quantized=quantized)
     except (NotFound, Network) as e:
         e.hint = did_you_mean(model) or e.hint
         raise
@@ -95,10 +97,17 @@ def localize(checkpoint: Checkpoint, progress: Progress | None = None) -> Checkp
     repository = checkpoint.repository
     fetch_side_files(checkpoint)
     root = snapshot.weights(repository, list(checkpoint.files), progress)
-    local = open_folder(root, repository=repository)
-    if local.tensors != checkpoint.tensors:
+    local = open_folder(root, repository=repository, quantized=True)
+    headers = {name: file.header_sha256 for name, file in checkpoint.files.items()}
+    if headers != {name: file.header_sha256 for name, file in local.files.items()}:
         raise CorruptFile("the headers in the cache are not those on the Hub", file=root)
-    return local
+    return replace(
+        local,
+        config=checkpoint.config,
+        tensors=checkpoint.tensors,
+        encoded=checkpoint.encoded,
+        warnings=checkpoint.warnings,
+    )
 
 
 def fetch_side_files(checkpoint: Checkpoint) -> Path:

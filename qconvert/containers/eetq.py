@@ -31,7 +31,7 @@ from qconvert.types import (
     dtype_from_torch,
 )
 
-_CHANNELS = 2
+CHANNELS = 2
 """Output channels that take turns."""
 _TURN = 64
 """Weights of a turn; in_features is a multiple of it."""
@@ -55,7 +55,7 @@ class EETQContainer:
         """Slabs of output channels, in pairs."""
         width = layer.in_features
         row = {"weight": width, "weight_scales": 2}
-        return row_tiles(layer.out_features, width, row, max_elements, multiple=_CHANNELS)
+        return row_tiles(layer.out_features, width, row, max_elements, multiple=CHANNELS)
 
     def encode(self, codes: Parts, method: EETQ) -> Parts:
         return {"weight": pack(codes["weight"]), "weight_scales": codes["weight_scales"]}
@@ -106,7 +106,7 @@ EETQ_CONTAINER = EETQContainer()
 def pack(codes: Array) -> Array:
     """int8 codes [rows, in_features], rows even → their bytes in the kernel's order, flat."""
     rows, width = codes.shape
-    channels = codes.view(np.uint8).reshape(rows // _CHANNELS, _CHANNELS, width // _TURN, _TURN)
+    channels = codes.view(np.uint8).reshape(rows // CHANNELS, CHANNELS, width // _TURN, _TURN)
     runs = channels.swapaxes(1, 2).reshape(-1, len(_ORDER))
     packed: Array = np.take(runs, _ORDER, axis=1).reshape(-1)
     packed ^= _SIGN
@@ -117,7 +117,7 @@ def unpack(packed: Array, shape: tuple[int, int]) -> Array:
     """The reverse of `pack`: bytes → int8 codes of `shape`."""
     rows, width = shape
     runs = np.take(packed.reshape(-1, len(_ORDER)), np.argsort(_ORDER), axis=1)
-    turns = runs.reshape(rows // _CHANNELS, width // _TURN, _CHANNELS, _TURN).swapaxes(1, 2)
+    turns = runs.reshape(rows // CHANNELS, width // _TURN, CHANNELS, _TURN).swapaxes(1, 2)
     codes: Array = (turns.reshape(shape) ^ _SIGN).view(np.int8)
     return codes
 

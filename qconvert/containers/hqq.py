@@ -37,7 +37,7 @@ from qconvert.types import (
     dtype_from_torch,
 )
 
-_SLABS = {8: 1, 6: 1, 5: 1, 4: 2, 3: 10, 2: 4, 1: 8}
+SLABS = {8: 1, 6: 1, 5: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 """Codes in a word of W_q, by bits; 5 and 6 bits lie unpacked in bytes."""
 
 
@@ -59,8 +59,8 @@ class HQQNative:
     def encode(self, codes: Parts, method: HQQ) -> Parts:
         slabs = codes["codes"]
         if method.axis == 0:
-            slabs = _padded(slabs, _SLABS[method.bits])
-            slabs = slabs.reshape(_SLABS[method.bits], -1)
+            slabs = _padded(slabs, SLABS[method.bits])
+            slabs = slabs.reshape(SLABS[method.bits], -1)
         return {
             "W_q": _pack(slabs, method.bits),
             "scale": codes["scale"],
@@ -131,7 +131,7 @@ class HQQNative:
         A loader computes the same in its compute dtype: in BF16 or F16 the difference and the
         product are each rounded once more, by up to 2⁻⁹ or 2⁻¹² of their value.
         """
-        slabs = _SLABS[method.bits]
+        slabs = SLABS[method.bits]
         if method.axis == 1:
             packed = view(parts["W_q"], _word(method.bits))
             codes = _unpack(packed, method.bits)[: tile.shape[0] if slabs > 1 else 1]
@@ -160,7 +160,7 @@ def _tiles_of_rows(layer: Layer, method: HQQ, max_elements: int) -> Iterator[_Cu
     Where the last slab that holds rows ends early (3 bits), a tile ends too, so that all slabs
     of a tile have the same height.
     """
-    size, slabs = method.group_size, _SLABS[method.bits]
+    size, slabs = method.group_size, SLABS[method.bits]
     itemsize = ITEMSIZE[method.compute_dtype]
     rows = layer.tensor.numel // size
     height = -(-rows // slabs)
@@ -183,7 +183,7 @@ def _tiles_of_columns(layer: Layer, method: HQQ, max_elements: int) -> Iterator[
     size, word = method.group_size, _word_size(method.bits)
     itemsize = ITEMSIZE[method.compute_dtype]
     columns = layer.tensor.numel // size
-    packed_rows = -(-size // _SLABS[method.bits])
+    packed_rows = -(-size // SLABS[method.bits])
     step = max(1, max_elements // size)
     for a in range(0, columns, step):
         n = min(step, columns - a)
@@ -206,7 +206,7 @@ def _word_size(bits: int) -> int:
 
 def _shifts(bits: int) -> list[int]:
     """How far each slab's code is shifted: the first slab lies highest."""
-    slabs = _SLABS[bits]
+    slabs = SLABS[bits]
     return [bits * (slabs - 1 - slab) for slab in range(slabs)]
 
 
@@ -218,7 +218,7 @@ def _padded(codes: Array, slabs: int) -> Array:
 
 def _pack(slabs: Array, bits: int) -> Array:
     """Codes uint8 [slabs, words] (absent last slabs are zeros) → words."""
-    if _SLABS[bits] == 1:
+    if SLABS[bits] == 1:
         return slabs
     words = np.zeros(slabs.shape[1], _word(bits))
     for slab, shift in zip(slabs, _shifts(bits), strict=False):
@@ -228,10 +228,16 @@ def _pack(slabs: Array, bits: int) -> Array:
 
 def _unpack(words: Array, bits: int) -> Array:
     """Words → codes uint8 [slabs, words]."""
-    mask = words.dtype.type(2**bits - 1 if _SLABS[bits] > 1 else 255)
-    codes = np.empty((_SLABS[bits], words.size), np.uint8)
-    for slab, shift in zip(codes, _shifts(bits), strict=True):
-        slab[:] = (words >> words.dtype.type(shift)) & mask
+    codes = np.empty((SLABS[bits], words.size), np.uint8)
+    for slab, row in enumerate(codes):
+        row[:] = unpack_slab(words, bits, slab)
+    return codes
+
+
+def unpack_slab(words: Array, bits: int, slab: int) -> Array:
+    """Words → the codes of one slab, in the dtype of the words."""
+    mask = words.dtype.type(2**bits - 1 if SLABS[bits] > 1 else 255)
+    codes: Array = (words >> words.dtype.type(_shifts(bits)[slab])) & mask
     return codes
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _OVERFLOW = 65520.0
 """The smallest magnitude that rounds to Inf in float16."""
-_ONE_127TH = 7.874015718698502e-3
+ONE_127TH = 7.874015718698502e-3
+"""As bitsandbytes writes it: a code times its scale is multiplied with this, in float32."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class LLMInt8:
         from qconvert.methods import _bnb_kernels
 
         out = np.empty(codes["weight"].shape, np.float32)
-        _bnb_kernels.dequantize_int8(codes["weight"], codes["SCB"], np.float32(_ONE_127TH), out)
+        _bnb_kernels.dequantize_int8(codes["weight"], codes["SCB"], np.float32(ONE_127TH), out)
         return out
 
     def options(self) -> JSON:

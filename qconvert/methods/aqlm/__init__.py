@@ -77,14 +77,18 @@ class AQLM:
         """float32 [rows, in_features] of one run of rows.
 
         `codes`: int [rows, in_features / g, M] as stored (two's complement); `codebooks`: float32
-        [M, 2^B, 1, g]; `scales`: float32 [rows]. Sums in float32, in the order of the codebooks.
+        [M, 2^B, 1, g]; `scales`: float32 [rows].
         """
+        rows: Array = self.sums(codes, codebooks) * scales.reshape(-1, 1)
+        return rows
+
+    def sums(self, codes: Array, codebooks: Array) -> Array:
+        """The same without scales: sums in float32, in the order of the codebooks."""
         index = codes.astype(np.int64) & (2**self.nbits_per_codebook - 1)
         weight: Array = codebooks[0, index[..., 0], 0]
         for m in range(1, self.num_codebooks):
             weight += codebooks[m, index[..., m], 0]
-        rows: Array = weight.reshape(len(codes), -1) * scales.reshape(-1, 1)
-        return rows
+        return weight.reshape(len(codes), -1)
 
 
 def parse_scheme(text: str) -> dict[str, int]:
