@@ -26,8 +26,6 @@ from qconvert.hub.transfer import Fetcher
 from qconvert.source import span
 from qconvert.types import Array, Checkpoint, TensorInfo
 
-READ_AHEAD = 256 << 20
-"""Bytes of the window beside the largest tensor."""
 _MOST_CHUNK = 16 << 20
 _LEAST_CHUNK = 4096
 
@@ -86,12 +84,13 @@ class StreamReader:
         checkpoint: Checkpoint,
         files: Sequence[str],
         *,
+        window_bytes: int,
         connections: int = 8,
-        window_bytes: int | None = None,
         on_verified: Callable[[str, str], None] | None = None,
         on_bytes: Callable[[int], None] | None = None,
     ) -> None:
-        """`window_bytes` bounds the bytes held; at least the largest tensor and two chunks are."""
+        """`window_bytes` bounds the bytes held (see `footprint`), or the largest tensor and two
+        chunks if that is more."""
         if checkpoint.repository is None:
             raise ValueError(f"{checkpoint.name} is not on the Hub")
         self._checkpoint = checkpoint
@@ -99,11 +98,10 @@ class StreamReader:
         self._on_verified, self._on_bytes = on_verified, on_bytes
         tensors = [t for t in checkpoint.tensors.values() if t.file in set(files)]
         largest = max((tensor.nbytes for tensor in tensors), default=0)
-        window = largest + READ_AHEAD if window_bytes is None else window_bytes
         self._chunk_bytes = min(
-            _MOST_CHUNK, max(_LEAST_CHUNK, (window - largest) // (4 * connections))
+            _MOST_CHUNK, max(_LEAST_CHUNK, (window_bytes - largest) // (4 * connections))
         )
-        self.window_bytes = max(window, largest + 2 * self._chunk_bytes)
+        self.window_bytes = max(window_bytes, largest + 2 * self._chunk_bytes)
         self.most_held = 0
         """Bytes that the window has held at most."""
         self._files = {name: self._cut(name, checkpoint.files[name].size) for name in files}

@@ -38,7 +38,7 @@ def job(model, seed=0, ahead=None, connections=4, workers=4, stop_after=None):
     reader = StreamReader(
         checkpoint, files, connections=connections, on_bytes=on_bytes,
         on_verified=verified.__setitem__,
-        window_bytes=None if ahead is None else largest + ahead,
+        window_bytes=largest + (256 << 20 if ahead is None else ahead),
     )
     errors = []
 
