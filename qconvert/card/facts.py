@@ -89,6 +89,11 @@ class Facts:
         return found if _WORD.fullmatch(found) else ""
 
     @property
+    def dequantized(self) -> bool:
+        """Whether it is in full precision, as `dequantize` leaves it."""
+        return self.verb == "dequantize"
+
+    @property
     def options(self) -> JSON:
         """The method's options, without its name."""
         return {key: v for key, v in self.mapping("method").items() if key != "verb"}

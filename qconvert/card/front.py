@@ -20,7 +20,8 @@ def front_matter(facts: Facts) -> JSON:
     stated = facts.stated
     files = facts.mapping("files")
     data: JSON = {"base_model": facts.source_id} if facts.source_id else {}
-    data |= {"base_model_relation": "quantized", "library_name": "transformers"}
+    data |= {} if facts.dequantized else {"base_model_relation": "quantized"}
+    data["library_name"] = "transformers"
     if task := stated.get("pipeline_tag") or _task(facts):
         data["pipeline_tag"] = task
     data |= licences.stated(stated, source_id=facts.source_id, commit=facts.commit, files=files)
@@ -31,7 +32,8 @@ def front_matter(facts: Facts) -> JSON:
     prompt = data.get("extra_gated_prompt", "")
     if prompt.endswith("…") and facts.source_id:
         data["extra_gated_prompt"] = prompt + _FULL_PROMPT + facts.source_id
-    data["quantized_by"] = "qconvert"
+    if not facts.dequantized:
+        data["quantized_by"] = "qconvert"
     data["tags"] = _tags(facts)
     if index := _model_index(facts):
         data["model-index"] = index
@@ -67,6 +69,8 @@ def _task(facts: Facts) -> str:
 
 def _tags(facts: Facts) -> list[str]:
     bits = facts.number("method", "bits")
+    if facts.dequantized:
+        return ["qconvert"]
     tags = ["qconvert", facts.container, facts.verb]
     tags += [f"{bits:g}-bit"] if bits is not None else []
     return list(dict.fromkeys(tag for tag in tags if _TAG.fullmatch(tag)))

@@ -57,7 +57,7 @@ def _base_model(data: JSON, facts: Facts | None) -> Iterator[Finding]:
         what = f"{shown(value)} is not what the manifest says it was made from, {known}"
         yield Finding(ERROR, "base_model", what, fix)
     relation = data.get("base_model_relation")
-    if relation != "quantized":
+    if relation != "quantized" and not (facts and facts.dequantized):
         level = WARNING if relation is None else ERROR
         said = "is missing" if relation is None else f"is {shown(relation)}"
         what = f"base_model_relation {said}: the Hub may file it under another branch of its tree"

@@ -56,13 +56,15 @@ def _title(facts: Facts) -> str:
     method = " ".join([facts.verb.upper(), f"{bits:g}-bit" if bits is not None else ""]).strip()
     options = options_in_words({k: v for k, v in facts.options.items() if k != "bits"})
     source = hub_link(facts.source_id) if facts.source_id else name(facts.source_name)
+    made = f"quantized with {facts.verb or 'an unknown method'}"
+    made += f" to {bits:g} bits" if bits is not None else ""
+    made += (f" ({options})" if options else "") + effective_bits(facts)
+    if facts.dequantized:
+        dtype = TORCH_NAMES.get(facts.text("method", "dtype"), "full precision")
+        method, made = dtype, f"a quantized checkpoint, with its weights as {dtype} numbers"
     lines = [
         f"# {name(facts.source_name)}, {method or 'quantized'}",
-        f"{source}, quantized with {facts.verb or 'an unknown method'}"
-        + (f" to {bits:g} bits" if bits is not None else "")
-        + (f" ({options})" if options else "")
-        + effective_bits(facts)
-        + ".",
+        f"{source}, {made}.",
         evidence.verdict(facts),
     ]
     return "\n\n".join(line for line in lines if line)
@@ -148,7 +150,7 @@ def _precision(facts: Facts) -> str:
     schemes = Counter(
         json.dumps(as_mapping(options), sort_keys=True, default=str) for options in layers.values()
     )
-    words = f"{len(layers):,} linear layers are quantized"
+    words = f"{len(layers):,} linear layers are quantized" if layers else "Nothing is quantized"
     if len(schemes) > 1:
         groups = [
             f"{count:,} with {options_in_words(json.loads(scheme)) or 'other options'}"
