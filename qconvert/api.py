@@ -12,21 +12,21 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from qconvert import conversion
+from qconvert import conversion, registry
 from qconvert.calibration.options import CalibrationOptions
 from qconvert.calibration.report import OnEvent
+from qconvert.decoding import open_source as open_checkpoint
 from qconvert.hub.push import Pushed, push
 from qconvert.hub.target import PushOptions
 from qconvert.layout import DEFAULT_SHARD_BYTES
 from qconvert.reproduction import Reproduction, reproduce
 from qconvert.request import Request, Result
-from qconvert.source import open_checkpoint
-from qconvert.types import Plan, Progress
+from qconvert.types import Plan, Progress, dtype_from_torch
 from qconvert.validation.folder import Validation, validate_folder
 
 __all__ = [
     "Plan", "PushOptions", "Pushed", "Reproduction", "Result", "Validation", "convert",
-    "open_checkpoint", "plan", "push", "reproduce", "validate",
+    "dequantize", "open_checkpoint", "plan", "push", "reproduce", "validate",
 ]  # fmt: skip
 
 
@@ -120,6 +120,17 @@ def convert(
         push=PushOptions() if push is True else push or None,
     )
     return conversion.convert(request, progress=progress, on_event=on_event)
+
+
+def dequantize(path: str | Path, *, dtype: str | None = None, **more: Any) -> Result:
+    """Writes a quantized checkpoint in full precision, for loaders that know nothing of its format.
+
+    `dtype` is "bfloat16", "float16" or "float32", by default what config.json announces; weights
+    are what the format's own loader makes of them. `more` is what `convert` takes: `output`,
+    `revision`, `push`, ….
+    """
+    options = {} if dtype is None else {"dtype": dtype_from_torch(dtype) or dtype}
+    return convert(path, registry.DEQUANTIZE.verb, **options, **more)
 
 
 def validate(

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 from qconvert import devices, footprint, manifest, registry, sealing, source, staging
 from qconvert.calibration import prepare
 from qconvert.calibration.report import OnEvent, figures_from
+from qconvert.decoding import open_source
 from qconvert.errors import CorruptFile, DiskFull, HubError, NonFinite, UsageError
 from qconvert.outputs import Sink, shards_at_once
 from qconvert.planning import announced_dtype, make_plan
 from qconvert.pour import Poured, pour
 from qconvert.request import Request, Result, default_name, output_folder, worker_count
 from qconvert.solution import Solution
-from qconvert.source import open_checkpoint
 from qconvert.staging import Staging
 from qconvert.types import JSON, Plan, Progress, Report, Verdict
 
@@ -66,7 +66,7 @@ def plan(request: Request) -> Plan:
             f"{request.method} reads every block several times: it cannot be streamed",
             hint="leave --stream out",
         )
-    checkpoint = open_checkpoint(request.model, revision=request.revision)
+    checkpoint = open_source(request.model, revision=request.revision)
     if request.stream and not checkpoint.remote:
         raise UsageError(
             f"--stream reads a Hub repository as it arrives; {checkpoint.name} is on this disk",

@@ -29,9 +29,9 @@ from typing import Any
 from qconvert import conversion, devices, recipe
 from qconvert.calibration import plot
 from qconvert.calibration.report import OnEvent
+from qconvert.decoding import open_source
 from qconvert.errors import ContractViolation, NotFound, printable
 from qconvert.naming import CARD_NAME
-from qconvert.source import open_checkpoint
 from qconvert.staging import MANIFEST_NAME
 from qconvert.stored import Stored, open_stored, open_target
 from qconvert.types import Plan, Progress
@@ -125,7 +125,7 @@ def reproduce(
         )
     made = recipe.read(stored.manifest)
     model, at = recipe.source_of(made, source)
-    checkpoint = open_checkpoint(model, revision=at)
+    checkpoint = open_source(model, revision=at)
     recipe.check_source(made, checkpoint)
     request = recipe.request(made, checkpoint, model, calibration)
     with _folder(keep) as folder:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qconvert import modelconfig
 from qconvert.containers.plain import PLAIN
+from qconvert.decoding import open_source
 from qconvert.errors import (
     Gated,
     HubError,
@@ -67,7 +68,7 @@ def validate_folder(
 
     Nothing is written but the Hub's cache. What the checkpoint holds is reported, not raised;
     NotFound and UsageError are raised for one that is not there, not quantized, or levels that do
-    not exist, the errors of `open_checkpoint` for `against`, those of the Hub, and CorruptFile if a
+    not exist, the errors of `open_source` for `against`, those of the Hub, and CorruptFile if a
     file of the source changes meanwhile.
     """
     asked = set(levels or ())
@@ -88,7 +89,7 @@ def validate_folder(
         source = _demo(stored)
     else:
         name, commit = split_revision(against)
-        source = open_checkpoint(name, revision=commit)
+        source = open_source(name, revision=commit)
         if RELOAD in asked and not afar:  # all of it will be read, and more than once
             source = localize(source)
     if source is None and NUMERIC in set(levels or ()):
