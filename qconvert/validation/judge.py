@@ -8,6 +8,7 @@ bound depends on the method: the `kl` rows of formats/<name>/tensors.json.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qconvert import contract
@@ -27,12 +28,21 @@ ACTIVATIONS_ERROR = 0.05
 """The same without a causal head: relative error of the output."""
 
 
-def classes(stored: Stored, model: Any, structure: Structure) -> Check:
-    """Every quantized layer has the loader's class, and nothing else has."""
+def classes(stored: Stored, found: Mapping[str, str], structure: Structure) -> Check:
+    """Every quantized layer has the loader's class, and nothing else has.
+
+    `found` is the class of every module by its path in memory, as `class_of` names it. Another
+    version may have a module elsewhere: then under its name on disk, alone or in "model".
+    """
     variants = contract.load(stored.container.name).variants
-    found = {path: _class(module) for path, module in model.named_modules()}
+    on_disk = structure.modules
+
+    def there(path: str) -> str:
+        name = on_disk.get(path) or path
+        return next((it for it in (path, name, f"model.{name}") if it in found), path)
+
     expected = {
-        layer.module: variants[stored.container.variant(method)]["layer_class"]
+        there(layer.module): variants[stored.container.variant(method)]["layer_class"]
         for layer, method in stored.layers.values()
     }
     wrong = [
@@ -46,9 +56,9 @@ def classes(stored: Stored, model: Any, structure: Structure) -> Check:
         for path, got in found.items()
         if path not in expected and _package_and_name(got)[0] in packages
     ]
-    wrong += [f"{path}: no such layer" for path in structure.modules if path not in found]
+    wrong += [f"{path}: no such layer" for path in on_disk if there(path) not in found]
     kinds = ", ".join(sorted(set(expected.values())))
-    kept = len(structure.modules.keys() - expected.keys())
+    kept = len(on_disk) - len(expected)
     return Check(
         "every layer has its class",
         not wrong,
@@ -56,7 +66,8 @@ def classes(stored: Stored, model: Any, structure: Structure) -> Check:
     )
 
 
-def _class(module: Any) -> str:
+def class_of(module: Any) -> str:
+    """Package, module and name of an object's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -72,6 +83,11 @@ def keys(complaints: frozenset[str], of_source: frozenset[str]) -> Check:
     if of_source:
         detail += f" beyond the {len(of_source)} of the source itself"
     return Check("loading info is empty", not new, listed(new) or detail)
+
+
+def hqq_layers(misread: Sequence[str]) -> Check:
+    """The hqq library reads from the files what the loader has put into the model."""
+    return Check("the hqq library reads the same layers", not misread, listed(misread))
 
 
 def against_ours(
@@ -116,14 +132,16 @@ def against_source(
 
 
 def continuations(
-    text: Text, source: tuple[list[int], list[int]], quantized: tuple[list[int], list[int]]
+    text: Text,
+    quantized: tuple[list[int], list[int]],
+    source: tuple[list[int], list[int]] | None,
 ) -> tuple[list[Check], JSON]:
     """The text is not one repeated token. Greedy text of a small model may loop: then sampled."""
     greedy, sampled = quantized
     varied = len(set(greedy)) > 1 or len(set(sampled)) > 1
     samples = {
         "prompt": text.decode(text.prompt[0].tolist()),
-        "source": text.decode(source[0]),
+        **({"source": text.decode(source[0])} if source else {}),
         "quantized": text.decode(greedy),
     }
     check = Check("text is not one repeated token", varied, f"{len(set(greedy))} different tokens")

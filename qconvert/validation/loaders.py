@@ -1,10 +1,10 @@
 """The same model three ways: from its source, by its stock loader, and by our own dequantization.
 
 `dequantized` puts the weights that *we* read out of the folder into the plain model class: what
-the stock loader builds must say the same. For bitsandbytes and AQLM the stock loader is
-`from_pretrained` of transformers. transformers 5 does not read HQQ checkpoints (it warns and
-leaves random weights), so there the hqq library's own HQQLinear is put in the listed places: its
-unpacking, its arithmetic, its idea of the nineteen tensors.
+the stock loader builds must say the same. The stock loader is `from_pretrained` of transformers;
+for HQQ, which transformers 5 leaves random, after `import qconvert.loaders`, as its card says.
+The options of HQQ's layers are decoded there by us, so the hqq library, which decodes them itself
+where transformers 4 loads them, is asked for each layer too.
 
 Nothing here may run code that a checkpoint brings: `trust_remote_code=False` everywhere, weights
 from safetensors alone, and the type names that hqq passes to `eval` are looked at first.
@@ -13,7 +13,7 @@ from safetensors alone, and the type names that hqq passes to `eval` are looked 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,8 @@ def source(folder: Path, dtype: Any, device: str) -> Loaded:
 def compute_dtype(stored: Stored, device: str = "cpu") -> Any:
     """The torch dtype that a stored model is proved in: what it computes in, with exceptions.
 
-    HQQLinear is put in place by us, so in the dtype that shows most. aqlm's kernel for codebooks
-    of 256 vectors computes in float32 alone on a CPU, its CUDA kernels in 16 bits alone.
+    HQQLinear computes in any, so in the one that shows most. aqlm's kernel for codebooks of 256
+    vectors computes in float32 alone on a CPU, its CUDA kernels in 16 bits alone.
     """
     announced = torch_dtype(announced_dtype(stored.checkpoint))
     if stored.container.name == "hqq" or (stored.container.name == "aqlm" and device == "cpu"):
@@ -112,46 +112,76 @@ def dequantized(stored: Stored, dtype: Any, device: str) -> Loaded:
 
 def stock(stored: Stored, dtype: Any, device: str) -> Loaded:
     """`from_pretrained`, as a user calls it."""
-    library = stored.container.name
+    library, after = stored.container.name, ""
+    if library == "hqq":
+        from qconvert.loaders import reads_hqq
+
+        after = " after import qconvert.loaders" if reads_hqq else ""
     cls = model_class(config_of(stored.root))
     place = {"device_map": {"": 0}} if device == "cuda" else {}
-    # bitsandbytes reads the dtype off the files; AQLM computes in the one that is asked for.
-    wanted = dtype if library == "aqlm" else "auto"
-    model, info = cls.from_pretrained(stored.root, dtype=wanted, **place, **_SAFE)
+    model, info = cls.from_pretrained(
+        stored.root, dtype=asked_dtype(stored, dtype), **place, **_SAFE
+    )
     name = (
-        f"transformers {_version('transformers')} {cls.__name__}.from_pretrained, "
+        f"transformers {_version('transformers')} {cls.__name__}.from_pretrained{after}, "
         f"{library} {_version(library)}"
     )
     return Loaded(model, _complaints(info), name)
 
 
-def hqq(stored: Stored, plain: Loaded, device: str) -> Loaded:
-    """The plain model with HQQLinear in the place of every quantized layer.
+def asked_dtype(stored: Stored, dtype: Any) -> Any:
+    """What `from_pretrained` is asked for: transformers 5 reads bitsandbytes' off the files."""
+    return "auto" if stored.container.name == "bitsandbytes" else dtype
 
-    `plain` is the result of `dequantized` and is changed in place. HQQLinear computes in its
-    dtype.
+
+def misread_by_hqq(stored: Stored, model: Model) -> list[str]:
+    """HQQ layers of a loaded model that the hqq library itself makes something else of.
+
+    It is given the tensors as they lie on disk, one layer at a time.
     """
     from hqq.core.quantize import HQQLinear
 
-    model = plain.model
+    wrong = []
+    for path, state in _hqq_states(stored):
+        loaded = model.get_submodule(path)
+        linear = HQQLinear(None, None, compute_dtype=model.dtype, device=str(loaded.W_q.device))
+        linear.load_state_dict(state)
+        same = linear.W_q.equal(loaded.W_q) and all(
+            value.float().equal(loaded.meta[option].float())  # in the model's dtype there
+            if isinstance(value, torch.Tensor)
+            else value == loaded.meta[option]
+            for option, value in linear.meta.items()
+        )
+        if not same:
+            wrong.append(path)
+    return wrong
+
+
+def refuse_code(stored: Stored) -> None:
+    """Raises ContractViolation where the hqq library would run text of the checkpoint as code."""
+    for _ in _hqq_states(stored, only=_EVALUATED):
+        pass
+
+
+_EVALUATED = ("compute_dtype", "unpack_view_dtype")
+"""hqq.core.utils.decode_safetensor_type hands the bytes of these tensors to `eval`."""
+
+
+def _hqq_states(
+    stored: Stored, only: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Path in memory and tensors by local name of each layer, without the bias."""
     with SourceReader(stored.checkpoint) as reader:
         for name, (layer, _) in stored.layers.items():
             parts = {spec.name.removeprefix(f"{name}."): spec.name for spec in stored.specs(name)}
-            if layer.has_bias:
-                parts["bias"] = f"{name}.bias"
-            infos = {part: stored.tensors[full] for part, full in parts.items()}
+            infos = {p: stored.tensors[full] for p, full in parts.items() if not only or p in only}
             state = {p: to_torch(read_tensor(reader, i), i.dtype) for p, i in infos.items()}
-            for part in ("compute_dtype", "unpack_view_dtype"):
+            for part in _EVALUATED:
                 _refuse_code(bytes(state[part].tolist()), infos[part])
-            linear = HQQLinear(None, None, compute_dtype=model.dtype, device=device)
-            linear.load_state_dict(state)
-            parent, _, child = layer.module.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear)
-    return Loaded(model, plain.complaints, f"hqq {_version('hqq')} HQQLinear")
+            yield layer.module, state
 
 
 def _refuse_code(text: bytes, info: TensorInfo) -> None:
-    """hqq.core.utils.decode_safetensor_type hands these bytes of a checkpoint to `eval`."""
     if not re.fullmatch(rb"torch\.\w+", text):
         raise ContractViolation(
             "not the name of a type",

@@ -144,8 +144,12 @@ def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def continuation(model: Model, prompt: Tensor, *, sample_seed: int | None = None) -> list[int]:
-    """The tokens a model puts after `prompt` [1, tokens]: greedily, or sampled with a seed."""
+def continuations(model: Model, prompt: Tensor, seed: int) -> tuple[list[int], list[int]]:
+    """What a model puts after `prompt` [1, tokens]: greedily, and sampled with the seed."""
+    return _continuation(model, prompt, None), _continuation(model, prompt, seed)
+
+
+def _continuation(model: Model, prompt: Tensor, sample_seed: int | None) -> list[int]:
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig(pad_token_id=0)  # no stop, no penalties, no beams

@@ -18,7 +18,7 @@ from qconvert.stored import Stored, open_stored
 from qconvert.types import JSON, Check
 from qconvert.validation import judge, loaders, measure
 from qconvert.validation.measure import Text
-from qconvert.validation.occupied import Meter
+from qconvert.validation.observed import Here, Observed
 
 KERNEL_TOKENS = 128
 """Read by a loader whose kernel takes one token at a time, in one thread."""
@@ -45,13 +45,12 @@ class Reload:
     def run(self) -> None:
         """Fills `checks` and `data`. Raises Impossible, or whatever a loader raises."""
         self.tell("headers")
-        stored = open_stored(self.folder)
+        stored = open_stored(self.folder, plain=True)
         structure = stored.structure()
         stored = stored.seen_as(structure)
 
         self._settle_device(stored, torch.cuda.is_available())
         torch.manual_seed(self.seed)
-        by_hqq = stored.container.name == "hqq"
         dtype = loaders.compute_dtype(stored, self.device)
         self.data |= {"dtype": str(dtype).removeprefix("torch."), "seed": self.seed}
 
@@ -59,50 +58,49 @@ class Reload:
         own: loaders.Loaded | None = loaders.dequantized(stored, dtype, self.device)
         assert own is not None
         text = self._read_text(own.model)
+        causal = measure.is_causal(own.model)
         ours = self._outputs(own.model, text)
         compared, by_ours = text, ours
         if loaders.takes_tokens_singly(stored, self.device):
             compared = measure.beginning(text, KERNEL_TOKENS)
             by_ours = self._outputs(own.model, compared)
             self.data["tokens_by_loader"] = compared.ids.numel()
+        del own
 
         self.tell("stock loader")
-        if by_hqq:
-            stock = loaders.hqq(stored, own, self.device)
-        else:
-            own = None
-            stock = loaders.stock(stored, dtype, self.device)
+        stock: Observed | None = Here(stored, dtype, self.device, compared, self.seed)
+        assert stock is not None
         self.data["loader"] = stock.loader
-        meter = Meter(self.device)
-        self.data["device_name"] = meter.device_name
-        self.data["loaded_bytes"] = meter.loaded_bytes(stock.model)
-        self.checks.append(judge.classes(stored, stock.model, structure))
-        if not by_hqq and self.device == "cpu" and (refusal := loaders.cpu_refusal(stored)):
+        self.data |= stock.figures()
+        self.checks.append(judge.classes(stored, stock.classes, structure))
+        self.checks += stock.checks
+        if self.device == "cpu" and (refusal := loaders.cpu_refusal(stored)):
             self.checks.append(judge.keys(stock.complaints, frozenset()))
             raise Impossible(refusal)
-        theirs = measure.outputs(stock.model, compared.ids)
-        causal = measure.is_causal(stock.model)
+        theirs = stock.outputs()
         self._add(
             judge.against_ours(stored, by_ours, theirs, compared, self.data["dtype"], causal=causal)
         )
         if compared is not text:  # proved on a part, and ours is the loader's word for the whole
             theirs = ours
-        quantized = self._continue(stock.model, text) if causal else None
-        if (peak := meter.peak_bytes()) is not None:
-            self.data["peak_bytes"] = peak
+        quantized = stock.continuations() if causal else None
+        self.data |= stock.figures()
         complaints = stock.complaints
-        del ours, by_ours, own, stock
+        del ours, by_ours, stock
 
+        original = None
         if self.source is None:
             self.checks.append(judge.keys(complaints, frozenset()))
-            return
-        self.tell("source model")
-        base = loaders.source(self.source, dtype, self.device)
-        self.checks.append(judge.keys(complaints, base.complaints))
-        reference = measure.outputs(base.model, text.ids)
-        self._add(judge.against_source(stored, reference, theirs, text, causal=causal))
+        else:
+            self.tell("source model")
+            base = loaders.source(self.source, dtype, self.device)
+            self.checks.append(judge.keys(complaints, base.complaints))
+            reference = measure.outputs(base.model, text.ids)
+            self._add(judge.against_source(stored, reference, theirs, text, causal=causal))
+            if causal:
+                original = measure.continuations(base.model, text.prompt, self.seed)
         if quantized is not None:
-            self._add(judge.continuations(text, self._continue(base.model, text), quantized))
+            self._add(judge.continuations(text, quantized, original))
 
     def _settle_device(self, stored: Stored, cuda: bool) -> None:
         if self.device == "cuda" and not cuda:
@@ -131,11 +129,6 @@ class Reload:
             return measure.outputs(model, text.ids)
         except Exception as e:
             raise Impossible(f"{type(model).__name__} does not run on text alone: {e}") from e
-
-    def _continue(self, model: Any, text: Text) -> tuple[list[int], list[int]]:
-        """The model's continuation of the prompt: greedy, and sampled with the seed."""
-        greedy = measure.continuation(model, text.prompt)
-        return greedy, measure.continuation(model, text.prompt, sample_seed=self.seed)
 
     def _add(self, found: tuple[list[Check], JSON]) -> None:
         checks, data = found

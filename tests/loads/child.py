@@ -1,9 +1,9 @@
 """Loads many quantized folders in one process without a network and says what came of each.
 
-`python -m tests.loads.child`: a JSON list of {folder, loader, ids, dtype?, logits?} on stdin; on
-stdout one JSON object a line, for each folder: what the loader complained about, the class of
-every module, how far weights and outputs are from those of our own dequantization. Our outputs
-also go to the file `logits`, for a loader that lives in another environment (`loader: null`).
+`python -m tests.loads.child`: a JSON list of {folder, ids, dtype?, logits?} on stdin; on stdout one
+JSON object a line, for each folder: what the loader complained about, the class of every module,
+how far weights and outputs are from those of our own dequantization. Where a file `logits` is
+named, our outputs go there and nothing is loaded: the loader lives in another environment.
 A process for each folder would spend nearly all of its time on importing torch and transformers.
 """
 
@@ -38,7 +38,6 @@ def main() -> None:
 
 def look(
     folder: str,
-    loader: str | None,
     ids: list[list[int]],
     dtype: str | None = None,
     logits: str | None = None,
@@ -58,15 +57,12 @@ def look(
     ours = measure.outputs(plain.model, tokens)
     if logits is not None:
         save_file({"logits": ours}, logits)
-    if loader is None:
         return {"raised": None, "complaints": sorted(plain.complaints)}
 
     ties, expected = ties_of(plain.model), tensors_of(plain.model)
-    if loader == "hqq":  # puts its layers into the plain model
-        loaded = loaders.hqq(stored, plain, "cpu")
-    else:
-        loaded = loaders.stock(stored, computed, "cpu")
+    loaded = loaders.stock(stored, computed, "cpu")
     model = loaded.model
+    misread = loaders.misread_by_hqq(stored, model) if stored.container.name == "hqq" else []
     layers = {layer.module: layer for layer, _ in stored.layers.values()}
     weights = {
         path: weight_error(
@@ -93,6 +89,7 @@ def look(
         "ties": ties,
         "ties_found": ties_of(model),
         "changed": changed,
+        "misread": misread,
         "weights": weights,
         "finite": bool(theirs.isfinite().all()),
         "spread": ours.std().item(),

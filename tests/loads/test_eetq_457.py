@@ -24,7 +24,7 @@ def test_transformers_457_makes_of_it_the_model_that_we_meant(
         {"folder": str(folder), "dtype": "float16", "ids": tokens(), "logits": f"{folder}.logits"}
         for folder, _ in made.values()
     ]
-    for seen in run_child([{**request, "loader": None} for request in requests], tmp_path):
+    for seen in run_child(requests, tmp_path):
         assert seen["raised"] is None
     plans = [plan for _, plan in made.values()]
     child = [str(interpreter), str(Path(__file__).with_name("child_eetq_457.py"))]

@@ -69,7 +69,7 @@ def loads(interpreter: Path, tmp_path_factory: pytest.TempPathFactory) -> Loads:
         logits = root / f"{run.replace('/', ' ')}.safetensors"
         common = {"folder": str(folder), "dtype": dtype, "ids": tokens(), "logits": str(logits)}
         runs.append((plan, dtype, common))
-    for seen in run_child([{**common, "loader": None} for _, _, common in runs], root):
+    for seen in run_child([common for _, _, common in runs], root):
         assert seen == {"raised": None, "complaints": [], "network": seen["network"]}
     requests = [{**common, "architecture": plan.structure.architecture}
                 for plan, _, common in runs]  # fmt: skip

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from qconvert import devices
-from qconvert.errors import ReloadFailed
+from qconvert.errors import ContractViolation, ReloadFailed
 from qconvert.source import open_checkpoint
 from qconvert.stored import open_stored
 from qconvert.types import Report, Verdict
-from qconvert.validation import require, truncate, validate_folder
+from qconvert.validation import loaders, require, truncate, validate_folder
 from qconvert.validation.reload import check_reload
 from tests.models import tiny
 from tests.validation import faults
@@ -27,7 +27,6 @@ from tests.validation.faults import LAYER
 
 Folders = Callable[[str], Path]
 
-STOCK = {"int8": "from_pretrained", "nf4": "from_pretrained", "hqq4": "HQQLinear"}
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="namespaces and /proc are Linux's")
 
 
@@ -77,8 +76,9 @@ def test_every_method_is_verified(name: str, results: Folders, source: Path) -> 
         assert found.verdict is Verdict.CHECKED
         return
     assert found.verdict is Verdict.VERIFIED
-    stock = "HQQLinear" if name.startswith("hqq") else "from_pretrained"
-    assert stock in found.reports[2].data["loader"]
+    loader = found.reports[2].data["loader"]
+    assert "from_pretrained" in loader
+    assert ("after import qconvert.loaders, hqq" in loader) == name.startswith("hqq")
 
 
 @pytest.mark.slow
@@ -181,7 +181,10 @@ def test_a_type_name_that_is_code(broken: Folders, source: Path) -> None:
 
     folder = faults.edit(broken("hqq4"), f"{LAYER}.unpack_view_dtype", smuggle)
     report = reload(folder, source, device="cpu")
-    assert "expected torch.<type>, got os.getpid()" in "".join(failed(report).values())
+    assert f"not an option of HQQ in {folder}" in failed(report)["stock loader"]
+    assert f"{LAYER}.unpack_view_dtype" in failed(report)["stock loader"]
+    with pytest.raises(ContractViolation, match=r"expected torch.<type>, got os.getpid\(\)"):
+        loaders.refuse_code(open_stored(folder))  # as other loaders than that one are protected
 
 
 # ── too large ────────────────────────────────────────────────────────────────────────────────
