@@ -96,11 +96,9 @@ def find_target(request: Request, planned: Plan) -> Target | None:
         return None
     if not request.validate and not request.push.unverified:
         raise UsageError("a result that is not validated is not pushed", hint="--push-unverified")
-    from qconvert.hub import publish, target
+    from qconvert.hub import target
 
-    name = default_name(request, planned)
-    found = target.find(request.push, name, planned.checkpoint.repository)
-    return replace(found, replaces=publish.displaced(found))
+    return target.find(request.push, default_name(request, planned), planned.checkpoint.repository)
 
 
 def convert(

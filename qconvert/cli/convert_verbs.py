@@ -257,7 +257,11 @@ def write(request: Request, given: dict[str, Any]) -> None:
     if given["dry_run"]:
         planned = plan(request)
         seconds = _seconds(planned, request) if not given["quiet"] else None
-        screen.plan(planned, request, seconds, find_target(request, planned))
+        if (target := find_target(request, planned)) is not None:
+            from qconvert.hub.publish import previewed
+
+            target = previewed(target)
+        screen.plan(planned, request, seconds, target)
         return
     with progress_bar(enabled=screen.talks) as progress:
         result = convert(

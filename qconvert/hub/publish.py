@@ -59,12 +59,13 @@ class Elsewhere:
     contents: Mapping[str, Content] = field(default_factory=dict)
 
 
-def displaced(to: Target) -> tuple[str, ...]:
-    """Weights that a push would delete or replace, and the card that it would replace."""
+def previewed(to: Target) -> Target:
+    """The same target with `replaces`, for a plan to show: asks the Hub for the whole tree."""
     if to.head is None:
-        return ()
+        return to
     tree = tree_of(to.repo_id, to.head)
-    return (*stale(tree, ()), *(name for name in (CARD_NAME,) if name in tree))
+    card = (CARD_NAME,) if CARD_NAME in tree else ()
+    return replace(to, replaces=(*stale(tree, ()), *card))
 
 
 def publish(

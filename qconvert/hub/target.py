@@ -56,7 +56,7 @@ class Target:
     head: str | None = None
     """Commit of `revision`; None where there is none yet."""
     replaces: tuple[str, ...] = ()
-    """Weights, and a card, that a push would delete or replace there, as far as that was asked."""
+    """Weights, and a card, that a push would delete or replace there (see `publish.previewed`)."""
     warnings: tuple[str, ...] = ()
 
     @property
