@@ -21,10 +21,7 @@ def on_calibrated(plan: Plan, skip: str | None) -> tuple[str, ...]:
 
 def unlisted_experts(plan: Plan) -> str:
     """A warning where transformers 4 cannot be told which experts stay as they are, or ""."""
-    experts = sum(
-        role.kind is Kind.EXPERTS and name.endswith(".weight")
-        for name, role in plan.structure.roles.items()
-    )
+    experts = sum(role.kind is Kind.EXPERT for role in plan.structure.roles.values())
     if not experts or expert_names(plan):
         return ""
     return (

@@ -151,6 +151,16 @@ class Contract:
         reason: str = self.data.get("no_reload", "")
         return reason
 
+    @property
+    def experts(self) -> Mapping[str, Any]:
+        """What its loaders make of experts, one by one on disk: see `qconvert.mixture`.
+
+        refused: why they cannot be quantized; kept: why they cannot be left; unread: why
+        transformers 5 does not load quantized ones; loaders: who does.
+        """
+        found: Mapping[str, Any] = self.data.get("experts", {})
+        return found
+
     @cached_property
     def schema(self) -> dict[str, Any]:
         """JSON Schema (2020-12) of `quantization_config`."""

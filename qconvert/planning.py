@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qconvert import advice, contract, linears, modelconfig, safepath, sidefiles
+from qconvert import advice, contract, linears, mixture, modelconfig, safepath, sidefiles
 from qconvert.blocks import Blocks, block_of, find_blocks
 from qconvert.errors import UnsupportedConfig, UsageError
 from qconvert.footprint import SMALL_FILES_BYTES, Calibrating, peak_bytes, working_bytes
@@ -101,15 +101,17 @@ def make_plan(
     calibration: JSON | None = None,
     tune: bool = False,
     layers: Mapping[str, Method] | None = None,
+    experts: str = mixture.KEEP,
 ) -> Plan:
     """Decides what becomes of every tensor and where in the output it lies.
 
     Reads config.json, headers and the sizes of side files; no weights. `calibration` is what a
     calibrated method's result depends on (`nsamples` and `seqlen` also decide what it takes), and
     `tune` whether norms and biases learn with their blocks. `layers` names those to be quantized,
-    and each one's method; without it all that can be are. Raises UsageError when nothing is left
-    to quantize or an override matches no layer, UnsupportedConfig and RemoteCode when no model can
-    be built from config.json, or it has no blocks that can be calibrated.
+    and each one's method; without it all that can be are, and experts if `experts` says so.
+    Raises UsageError when nothing is left to quantize or an override matches no layer, or the
+    format's loaders cannot do as `experts` says, UnsupportedConfig and RemoteCode when no model
+    can be built from config.json, or it has no blocks that can be calibrated.
     """
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     structure = linears.structure(checkpoint.config, shapes)
@@ -128,13 +130,18 @@ def make_plan(
             f"one scheme holds for the whole model: {container.name} knows no --override",
             hint=f"--skip '{overrides[0].pattern.pattern}' keeps layers in full precision",
         )
+    if layers is None:
+        mixture.refuse(experts, structure, container, checkpoint.config.get("model_type"))
     rules = _Rules(
-        checkpoint, structure, method, container, skip, overrides, dtype, blocks, tune, layers
-    )
+        checkpoint, structure, method, container, skip, overrides, dtype, blocks, tune, layers,
+        experts == mixture.QUANTIZE,
+    )  # fmt: skip
     entries = tuple(_decide(tensor, rules) for tensor in checkpoint.tensors.values())
     _refuse_missing(structure)
     if layers is None:
         _refuse_useless(entries, skip, overrides)
+    if format_.variants:
+        mixture.refuse_unloadable(container, structure, entries)
     shards = cut_into_shards(entries, max_shard_bytes)
     draft = Plan(
         checkpoint=checkpoint,
@@ -165,6 +172,8 @@ def make_plan(
     warnings = draft.warnings
     if format_.caution:
         warnings += (format_.caution,)
+    if format_.variants:
+        warnings += tuple(mixture.warnings(draft))
     if removed:
         warnings += (f"removed from config.json, since it runs code: {', '.join(removed)}",)
     if blocks is not None:
@@ -209,6 +218,13 @@ class _Rules:
     tune: bool
     layers: Mapping[str, Method] | None
     """By name on disk: those to be quantized, where it is not for us to choose."""
+    experts: bool
+
+    def takes(self, kind: Kind) -> bool:
+        """Whether what is of this kind is quantized if it can be."""
+        if kind is Kind.EXPERT:
+            return self.experts or self.layers is not None
+        return kind in (Kind.LINEAR, Kind.CONV1D)
 
     def in_block(self, module: str) -> bool:
         return self.blocks is not None and block_of(self.blocks, module) is not None
@@ -230,7 +246,9 @@ def _decide(tensor: TensorInfo, rules: _Rules) -> PlanEntry:
         return copy(DECODED if decoded else AS_IT_WAS)
     if _is_tuned(tensor, role, rules):
         return copy(TUNED, Action.TUNE)
-    if role.kind not in (Kind.LINEAR, Kind.CONV1D):
+    if not rules.takes(role.kind):
+        if role.kind is Kind.EXPERT:
+            return copy(mixture.why_kept(rules.container))
         return copy(role.why or _REASONS[role.kind])
     if name == tensor.name or len(tensor.shape) != 2:
         return copy("bias" if tensor.name.endswith(".bias") else _REASONS[Kind.OTHER])
@@ -253,7 +271,7 @@ def _decide(tensor: TensorInfo, rules: _Rules) -> PlanEntry:
     out_features, in_features = reversed(tensor.shape) if transposed else tensor.shape
     layer = Layer(
         name=name,
-        module=role.module,
+        module=rules.structure.path(name),
         tensor=tensor,
         out_features=out_features,
         in_features=in_features,
@@ -270,7 +288,8 @@ def _decide(tensor: TensorInfo, rules: _Rules) -> PlanEntry:
         rules.container.variant(own), contract.environment(layer, own)
     )
     outputs = tuple(replace(spec, name=f"{name}.{spec.name}") for spec in local)
-    return PlanEntry(tensor, Action.QUANTIZE, "linear layer", outputs, layer, own)
+    what = "expert" if role.kind is Kind.EXPERT else "linear layer"
+    return PlanEntry(tensor, Action.QUANTIZE, what, outputs, layer, own)
 
 
 def _is_tuned(tensor: TensorInfo, role: Role, rules: _Rules) -> bool:

@@ -4,13 +4,15 @@ The class is built on the meta device, where a parameter is a shape and costs no
 are walked, and every name on disk is renamed with the loader's own functions, so that what is
 said here is what `from_pretrained` will do. A layer is LINEAR only if it has a tensor of its own on
 disk: a loader that fuses, splits or permutes tensors (WeightConverter) would do so to packed bytes.
-Every other linear layer stays in `Structure.modules`, so that a skip list can name it.
+Every other linear layer stays in `Structure.modules`, so that a skip list can name it. Matrices
+that are merged into fused experts are EXPERT: transformers 4 has a layer for each.
 
 torch and transformers take seconds to import; this module is imported when it is needed.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -35,6 +37,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from qconvert import modelconfig
 from qconvert.errors import (
@@ -48,6 +51,7 @@ from qconvert.kinds import roles_of
 from qconvert.linears import Tensors
 from qconvert.types import JSON, Kind, Role, Structure
 
+_ONE_EXPERT = re.compile(r"\.\d+\.\w+\.weight$")
 _MODULES_PER_TENSOR = 8
 _FREE_MODULES = 5_000
 """A module without a parameter (dropout, activation, list) is cheap to ask for, so what may be
@@ -229,13 +233,24 @@ def _structure(model: Any, tensors: Tensors, known: Mapping[str, tuple[str, bool
                 own and stem != name and _companions_follow(stem, renamings)
             ):
                 role = Role(path, Kind.KEPT, "loaders change its name or shape as they load it")
+        elif role.kind is Kind.EXPERTS and converted and _ONE_EXPERT.search(name):
+            role = Role(path, Kind.EXPERT)
         roles[name] = role
     tied = {
         on_disk[target]
         for target, source in model.all_tied_weights_keys.items()
         if target in on_disk and source in on_disk
     }
-    return Structure(type(model).__name__, roles, dict(sorted(modules.items())), frozenset(tied))
+    return Structure(
+        type(model).__name__, roles, dict(sorted(modules.items())), frozenset(tied), _unfused(model)
+    )
+
+
+def _unfused(model: Any) -> frozenset[str]:
+    """Formats whose loaders put other modules, with other tensors, in the place of some of it."""
+    names = {type(module).__name__ for module in model.modules()}
+    patches = [patch for name, patch in MODULES_TO_PATCH_FOR_QUANTIZATION.items() if name in names]
+    return frozenset(method.value for patch in patches for method in patch["quantization_methods"])
 
 
 def _check_shape(name: str, shape: tuple[int, ...], parameter: torch.Tensor) -> None:

@@ -18,21 +18,29 @@ def skip_modules(structure: Structure, entries: Sequence[PlanEntry]) -> tuple[st
     """Full paths of the linear layers that a loader must leave alone.
 
     Full paths are the one spelling that transformers 4.57 and 5 both honour. Experts and routers
-    are listed under their names in memory and on disk, since 4.57 builds the latter.
+    are listed under their names in memory and on disk, since 4.57 builds the latter; experts all
+    at once, unless some of theirs are quantized.
     """
-    quantized = {entry.layer.module for entry in entries if entry.layer is not None}
+    layers = [entry.layer for entry in entries if entry.layer is not None]
+    quantized = {layer.module for layer in layers}
     taken = "\n".join(
-        name for path in quantized for name in (path, *_older_paths(path, structure.modules[path]))
+        name
+        for path in quantized
+        for name in (path, *_older_paths(path, structure.modules.get(path)))
     )
     paths: dict[str, None] = {}
     for path, name in structure.modules.items():
         if path not in quantized:
             older = (other for other in _older_paths(path, name) if other not in taken)
             paths |= dict.fromkeys((path, *older))
+    divided = {structure.roles[layer.tensor.name].module for layer in layers}
     for name, role in structure.roles.items():
+        stem = name.removesuffix(".weight")
         if role.kind is Kind.ROUTER:
-            paths |= dict.fromkeys((role.module, name.removesuffix(".weight")))
-        elif role.kind is Kind.EXPERTS:
+            paths |= dict.fromkeys((role.module, stem))
+        elif role.kind is Kind.EXPERT and role.module in divided:
+            paths |= {} if stem in quantized else {stem: None}
+        elif role.kind in (Kind.EXPERT, Kind.EXPERTS):
             paths |= dict.fromkeys(_expert_paths(role.module, name))
     return tuple(paths)
 

@@ -130,7 +130,7 @@ class Stored:
             shape = (layer.out_features, layer.in_features)
             tensor = replace(layer.tensor, shape=shape[::-1] if transposed else shape)
             layers[name] = (
-                replace(layer, module=role.module, transposed=transposed, tensor=tensor),
+                replace(layer, module=structure.path(name), transposed=transposed, tensor=tensor),
                 method,
             )
         return replace(self, layers=layers)

@@ -153,7 +153,7 @@ def test_a_vision_language_model_is_stored_under_older_names(folders: dict[str, 
 def test_experts_stored_one_by_one_are_one_module_in_memory(folders: dict[str, Path]) -> None:
     structure = linears.structure(*read(folders["mixtral"]))
     role = structure.roles["model.layers.1.block_sparse_moe.experts.3.w2.weight"]
-    assert (role.kind, role.module) == (Kind.EXPERTS, "model.layers.1.mlp.experts")
+    assert (role.kind, role.module) == (Kind.EXPERT, "model.layers.1.mlp.experts")
     role = structure.roles["model.layers.1.block_sparse_moe.gate.weight"]
     assert (role.kind, role.module) == (Kind.ROUTER, "model.layers.1.mlp.gate")
 

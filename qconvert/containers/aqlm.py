@@ -128,12 +128,8 @@ AQLM_CONTAINER = AQLMContainer()
 
 
 def expert_names(plan: Plan) -> tuple[str, ...]:
-    """Weights of fused experts as transformers 4 has them, full paths; () if there are too many."""
-    names = tuple(
-        name
-        for name, role in plan.structure.roles.items()
-        if role.kind is Kind.EXPERTS and name.endswith(".weight")
-    )
+    """Weights of experts as transformers 4 has them, full paths; () if there are too many."""
+    names = tuple(n for n, role in plan.structure.roles.items() if role.kind is Kind.EXPERT)
     return names if len(names) <= MAX_EXPERT_NAMES else ()
 
 

@@ -255,7 +255,7 @@ def plan_with_experts(count: int) -> Plan:
     roles = dict(plan.structure.roles)
     for number in range(count):
         name = f"model.layers.0.mlp.experts.{number}.up.weight"
-        roles[name] = Role("model.layers.0.mlp.experts", Kind.EXPERTS)
+        roles[name] = Role("model.layers.0.mlp.experts", Kind.EXPERT)
     return replace(plan, structure=Structure("MoE", roles, {}))
 
 
