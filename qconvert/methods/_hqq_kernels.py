@@ -21,6 +21,8 @@ from qconvert.methods._numba import kernel
 LANES = 64
 F32, F16, BF16 = 0, 1, 2
 """Dtype of the source, and of the scale and the zero on disk."""
+REAL, INTEGER, MIDDLE = 0, 1, 2
+"""What a zero may be: a number of that dtype, a code, or half the number of codes."""
 
 _f, _i, _u = np.float32, np.int32, np.uint32
 _ROUND = _f(12582912.0)  # 1.5·2²³: adding and subtracting it rounds to an integer, ties to even
@@ -49,13 +51,23 @@ def _round_to(x, kind):
 
 
 @kernel
-def _store(st, j, scale, zero, kind, smallest, largest):
-    """Sets a lane's scale (given in the lane's unit) and zero, as the disk can hold them."""
+def _store_scale(st, j, scale, kind, smallest, largest):
+    """Sets a lane's scale (given in the lane's unit), as the disk can hold it."""
     s = _round_to(min(max(scale * st[_UP + j], smallest), largest), kind)
     s = max(s, smallest) * st[_DOWN + j]
     st[_S + j] = s
     st[_INV + j] = _ONE / s
-    st[_Z + j] = _round_to(min(max(zero, -largest), largest), kind)
+
+
+@kernel
+def _store_zero(st, j, zero, top, zeros, kind, largest):
+    """Sets a lane's zero, as the disk can hold it."""
+    if zeros == MIDDLE:
+        st[_Z + j] = (top + _ONE) * _HALF
+    elif zeros == INTEGER:
+        st[_Z + j] = (min(max(zero, _ZERO), top) + _ROUND) - _ROUND
+    else:
+        st[_Z + j] = _round_to(min(max(zero, -largest), largest), kind)
 
 
 @kernel
@@ -86,24 +98,35 @@ def _normalize(bits, w, st, group_size):
 
 
 @kernel
-def _start(st, fraction, top, kind, smallest, largest):
+def _start(st, fraction, upper, top, zeros, kind, smallest, largest):
     """A grid over `fraction` of the lane's range; over the whole range, one that has a 0.
 
     A range far from 0 is widened to 0 for all but the first start, as its zero would lose whole
-    steps to rounding; a constant lane gets its own value as the scale, which is exact.
+    steps to rounding, and always where the zero is a code: the one above the zero that fits, if
+    `upper`, or the one below. A constant lane gets its own value as the scale, which is exact.
     """
     for j in range(LANES):
         low, high = st[_LOW + j], st[_HIGH + j]
+        constant = low == high
+        value = low
         far = (abs(high + low) * top * _HALF > _FAR * (high - low)) & (fraction < _ONE)
+        far = far | (zeros != REAL)
         low = min(low, _ZERO) if far else low
         high = max(high, _ZERO) if far else high
-        constant = low == high
+        constant = constant if zeros != REAL else low == high
         scale = (high - low) * fraction / top
-        scale = abs(low) if constant else scale
+        if zeros == MIDDLE:
+            half = (top + _ONE) * _HALF
+            scale = max(-low / half, high / (half - _ONE)) * fraction
+        scale = abs(value) if constant else scale
         zero = top * _HALF - (low + high) * _HALF / scale
-        zero = (zero + _ROUND) - _ROUND if fraction == _ONE else zero
-        zero = (_ONE if low < _ZERO else _ZERO) if constant else zero
-        _store(st, j, scale, zero, kind, smallest, largest)
+        if zeros == INTEGER:
+            zero = np.ceil(zero) if upper else np.floor(zero)
+        elif fraction == _ONE:
+            zero = (zero + _ROUND) - _ROUND
+        zero = (_ONE if value < _ZERO else _ZERO) if constant else zero
+        _store_scale(st, j, scale, kind, smallest, largest)
+        _store_zero(st, j, zero, top, zeros, kind, largest)
 
 
 @kernel
@@ -143,21 +166,33 @@ def _keep_best(st):
 
 
 @kernel
-def _least_squares(st, count, kind, smallest, largest):
-    """The scale, then the zero for that scale once rounded, that fit the codes best."""
+def _least_squares(st, count, held, top, zeros, kind, smallest, largest):
+    """The scale, then the zero for that scale once rounded, that fit the codes best.
+
+    A zero that is a code moves far when it is rounded: then the scale that fits it comes last, and
+    while the zero is `held`, nothing else.
+    """
     for j in range(LANES):
         mean = st[_SQ + j] / count
         variance = st[_SQQ + j] - st[_SQ + j] * mean
         covariance = st[_SQX + j] - st[_SUM + j] * mean
-        usable = variance > _ZERO and covariance > _ZERO
-        scale = covariance / variance if usable else st[_S + j]
-        _store(st, j, scale, _ZERO, kind, smallest, largest)
-        zero = mean - (st[_SUM + j] / count + st[_MID + j]) / st[_S + j]
-        st[_Z + j] = _round_to(min(max(zero, -largest), largest), kind)
+        center = st[_SUM + j] / count + st[_MID + j]
+        if not held:
+            usable = variance > _ZERO and covariance > _ZERO
+            scale = covariance / variance if usable else st[_S + j]
+            _store_scale(st, j, scale, kind, smallest, largest)
+            _store_zero(st, j, mean - center / st[_S + j], top, zeros, kind, largest)
+        if zeros != REAL:
+            away = mean - st[_Z + j]
+            squares = variance + count * (away * away)
+            products = covariance + count * (away * center)
+            usable = squares > _ZERO and products > _ZERO
+            scale = products / squares if usable else st[_S + j]
+            _store_scale(st, j, scale, kind, smallest, largest)
 
 
 @kernel
-def _descend(w, st, group_size, top, passes, kind, smallest, largest):
+def _descend(w, st, group_size, held, top, zeros, passes, kind, smallest, largest):
     """Alternates between codes and least squares, until no lane improves or passes run out."""
     for j in range(LANES):
         st[_LAST + j] = _INF
@@ -165,25 +200,28 @@ def _descend(w, st, group_size, top, passes, kind, smallest, largest):
         _evaluate(w, st, group_size, top)
         if not _keep_best(st) or remaining == 0:
             break
-        _least_squares(st, _f(group_size), kind, smallest, largest)
+        _least_squares(st, _f(group_size), held, top, zeros, kind, smallest, largest)
 
 
 @kernel
-def _solve(bits, w, st, group_size, top, starts, scout, iterations, kind, smallest, largest):
+def _solve(bits, w, st, group_size, top, zeros, starts, scout, iterations, kind, smallest, largest):
     """Leaves each lane's best scale (as on disk) in _S, its zero in _Z, and what _codes needs."""
     _normalize(bits, w, st, group_size)
     for j in range(LANES):
         st[_BEST + j] = _INF
         st[_BEST_S + j] = _ONE
         st[_BEST_Z + j] = _ZERO
-    for start in range(len(starts)):
-        _start(st, starts[start], top, kind, smallest, largest)
-        _descend(w, st, group_size, top, scout, kind, smallest, largest)
+    sides = 2 if zeros == INTEGER else 1
+    for start in range(len(starts) * sides):
+        upper = start % sides == 1
+        _start(st, starts[start // sides], upper, top, zeros, kind, smallest, largest)
+        _descend(w, st, group_size, zeros != REAL, top, zeros, scout, kind, smallest, largest)
     for j in range(LANES):
         st[_S + j] = st[_BEST_S + j]
         st[_Z + j] = st[_BEST_Z + j]
         st[_INV + j] = _ONE / st[_BEST_S + j]
-    _descend(w, st, group_size, top, iterations, kind, smallest, largest)
+    held = zeros == MIDDLE
+    _descend(w, st, group_size, held, top, zeros, iterations, kind, smallest, largest)
     for j in range(LANES):
         st[_INV + j] = _ONE / st[_BEST_S + j]
 
@@ -212,6 +250,7 @@ def quantize(
     kind,
     axis,
     top,
+    zeros,
     starts,
     scout,
     iterations,
@@ -225,7 +264,8 @@ def quantize(
 
     source: the block's own bits, flat, uint16 or uint32 ([groups, group_size] for axis 1,
     [group_size, groups] for axis 0). codes: uint8, shaped alike. scale, zero: float32 [groups],
-    exactly representable in the dtype `kind`, between `smallest` and `largest`.
+    exactly representable in the dtype `kind`, between `smallest` and `largest`; zeros that are
+    not REAL are integers from 0 to `top`.
     """
     groups = scale.shape[0]
     group_size = source.shape[0] // groups
@@ -247,7 +287,9 @@ def quantize(
                 bits[k * LANES + j] = x
         if rejected > 0:
             continue
-        _solve(bits, w, st, group_size, top, starts, scout, iterations, kind, smallest, largest)
+        _solve(
+            bits, w, st, group_size, top, zeros, starts, scout, iterations, kind, smallest, largest
+        )
         for j in range(lanes):
             empty = (st[_LOW + j] == _ZERO) & (st[_HIGH + j] == _ZERO)
             scale[first + j] = _ONE if empty else st[_BEST_S + j] * st[_UP + j]

@@ -20,13 +20,17 @@ def quantize(
     group_size: int,
     axis: int,
     top: float,
+    zeros: str,
     starts: Sequence[float],
     scout: int,
     iterations: int,
     dtype: torch.dtype,
     limits: tuple[float, float],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, uint8, shaped like the block, and scale and zero [groups] in `dtype`."""
+    """Codes, uint8, shaped like the block, and scale and zero [groups] in `dtype`.
+
+    `zeros`: "real", "integer" or "middle"; the zeros of the last two are uint8.
+    """
     w = block.reshape(-1, group_size).T if axis == 1 else block.reshape(group_size, -1)
     w = w.float().contiguous()
     largest = (w.view(torch.int32) & 0x7FFFFFFF).amax(0)
@@ -44,6 +48,10 @@ def quantize(
         return stored((scale * up).clamp(*limits)).clamp(min=limits[0]) * down
 
     def stored_zero(zero: torch.Tensor) -> torch.Tensor:
+        if zeros == "middle":
+            return torch.full_like(zero, (top + 1) * 0.5)
+        if zeros == "integer":
+            return (zero.clamp(0.0, top) + _ROUND) - _ROUND
         return stored(zero.clamp(-limits[1], limits[1]))
 
     def codes(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -51,12 +59,14 @@ def quantize(
 
     best = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-    for fraction in (*starts, None):
-        if fraction is None:
-            scale, zero, passes = best_scale, best_zero, iterations
+    sides = (False, True) if zeros == "integer" else (False,)
+    for begin in (*((fraction, upper) for fraction in starts for upper in sides), None):
+        if begin is None:
+            scale, zero, passes, held = best_scale, best_zero, iterations, zeros == "middle"
         else:
-            scale, zero = _start(low, high, fraction, top)
+            scale, zero = _start(low, high, *begin, top, zeros)
             scale, zero, passes = stored_scale(scale), stored_zero(zero), scout
+            held = zeros != "real"
         last = torch.full_like(low, torch.inf)
         for remaining in range(passes - 1, -1, -1):
             q = codes(scale, zero)
@@ -73,14 +83,22 @@ def quantize(
             mean = sq / group_size
             variance = sqq - sq * mean
             covariance = sqx - total * mean
-            usable = (variance > 0) & (covariance > 0)
-            scale = stored_scale(torch.where(usable, covariance / variance, scale))
-            zero = stored_zero(mean - (total / group_size + middle) / scale)
+            center = total / group_size + middle
+            if not held:
+                usable = (variance > 0) & (covariance > 0)
+                scale = stored_scale(torch.where(usable, covariance / variance, scale))
+                zero = stored_zero(mean - center / scale)
+            if zeros != "real":
+                away = mean - zero
+                squares = variance + group_size * (away * away)
+                products = covariance + group_size * (away * center)
+                usable = (squares > 0) & (products > 0)
+                scale = stored_scale(torch.where(usable, products / squares, scale))
     found = codes(best_scale, best_zero).to(torch.uint8)
     found = (found.T if axis == 1 else found).reshape(block.shape)
     empty = (low == 0) & (high == 0)
     scale = torch.where(empty, 1.0, best_scale * up)
-    return found, scale.to(dtype), best_zero.to(dtype)
+    return found, scale.to(dtype), best_zero.to(dtype if zeros == "real" else torch.uint8)
 
 
 def _sums(values: torch.Tensor) -> torch.Tensor:
@@ -92,14 +110,22 @@ def _sums(values: torch.Tensor) -> torch.Tensor:
 
 
 def _start(
-    low: torch.Tensor, high: torch.Tensor, fraction: float, top: float
+    low: torch.Tensor, high: torch.Tensor, fraction: float, upper: bool, top: float, zeros: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    value, constant = low, low == high
     far = ((high + low).abs() * top * 0.5 > _FAR * (high - low)) & (fraction < 1)
+    far |= zeros != "real"
     low = torch.where(far, low.clamp(max=0), low)
     high = torch.where(far, high.clamp(min=0), high)
-    constant = low == high
-    scale = torch.where(constant, low.abs(), (high - low) * fraction / top)
+    constant = low == high if zeros == "real" else constant
+    scale = (high - low) * fraction / top
+    if zeros == "middle":
+        half = (top + 1) * 0.5
+        scale = torch.maximum(-low / half, high / (half - 1)) * fraction
+    scale = torch.where(constant, value.abs(), scale)
     zero = top * 0.5 - (low + high) * 0.5 / scale
-    if fraction == 1:
+    if zeros == "integer":
+        zero = zero.ceil() if upper else zero.floor()
+    elif fraction == 1:
         zero = (zero + _ROUND) - _ROUND
-    return scale, torch.where(constant, (low < 0).float(), zero)
+    return scale, torch.where(constant, (value < 0).float(), zero)
