@@ -36,6 +36,7 @@ def plan(
     *,
     revision: str | None = None,
     skip: str | None = None,
+    experts: str = "keep",
     overrides: Sequence[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     threads: int | None = None,
@@ -51,7 +52,8 @@ def plan(
 
     `model` is a folder, a Hub id or "demo"; `method` one of "int8", "eetq", "nf4", "fp4", "hqq",
     "aqlm". `skip` is a regex of layers to keep in full precision, `overrides` are
-    `"REGEX=bits:4,group_size:64"`; `calibration` names a text, a folder, ids or a dataset.
+    `"REGEX=bits:4,group_size:64"`; `experts` is "keep" or "quantize", which not every loader reads;
+    `calibration` names a text, a folder, ids or a dataset.
     """
     return conversion.plan(
         Request(
@@ -60,6 +62,7 @@ def plan(
             options,
             revision=revision,
             skip=skip,
+            experts=experts,
             overrides=overrides,
             calibration=_calibration(calibration, nsamples, seqlen, seed, epochs, tune),
             max_shard_bytes=max_shard_bytes,
@@ -75,6 +78,7 @@ def convert(
     output: str | Path | None = None,
     revision: str | None = None,
     skip: str | None = None,
+    experts: str = "keep",
     overrides: Sequence[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     threads: int | None = None,
@@ -108,6 +112,7 @@ def convert(
         output=None if output is None else Path(output),
         revision=revision,
         skip=skip,
+        experts=experts,
         overrides=overrides,
         calibration=_calibration(calibration, nsamples, seqlen, seed, epochs, tune),
         max_shard_bytes=max_shard_bytes,

@@ -81,6 +81,7 @@ def plan(request: Request) -> Plan:
         maths,
         container,
         skip=skip,
+        experts=request.experts,
         overrides=overrides,
         max_shard_bytes=request.max_shard_bytes,
         threads=worker_count(request.threads),

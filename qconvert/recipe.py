@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qconvert import devices, registry
+from qconvert import devices, mixture, registry
 from qconvert.calibration.options import CalibrationOptions
 from qconvert.calibration.public import C4
 from qconvert.errors import CorruptFile, UsageError, printable
@@ -31,7 +31,7 @@ class Recipe:
 
     verb: str
     options: Mapping[str, Any]
-    """The method's own, and skip, overrides and max_shard_bytes."""
+    """The method's own, and skip, experts, overrides and max_shard_bytes."""
     calibration: JSON
     """Settings, text, device and threads; empty for a method that reads no data."""
     name: str
@@ -109,12 +109,13 @@ def request(
     """
     options = dict(recipe.options)
     skip, overrides = options.pop("skip", None), options.pop("overrides", [])
-    most = options.pop("max_shard_bytes", None)
+    most, experts = options.pop("max_shard_bytes", None), options.pop("experts", mixture.KEEP)
     usable = (
         isinstance(skip, str | None)
         and isinstance(overrides, list)
         and all(isinstance(text, str) for text in overrides)
         and isinstance(most, int)
+        and experts in mixture.CHOICES
     )
     if not usable:
         raise _unusable("options")
@@ -127,6 +128,7 @@ def request(
         recipe.verb,
         options,
         skip=skip,
+        experts=experts,
         overrides=overrides,
         calibration=_calibration(settings, model, calibration) if calibrated else None,
         max_shard_bytes=most,

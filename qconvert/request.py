@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconvert import naming, registry
+from qconvert import mixture, naming, registry
 from qconvert.calibration.options import CalibrationOptions
 from qconvert.calibration.report import Figures
 from qconvert.errors import UsageError
@@ -44,6 +44,8 @@ class Request:
     revision: str | None = None
     skip: str | None = None
     """Regex: layers whose name it is found in stay in full precision."""
+    experts: str = mixture.KEEP
+    """"keep" or "quantize": what becomes of the experts of a mixture, where they are told apart."""
     overrides: Sequence[str] = ()
     """`'REGEX=bits:4,group_size:64'`: other options for some layers."""
     calibration: CalibrationOptions | None = None
@@ -68,6 +70,7 @@ class Request:
         """The options as asked for that change the result."""
         return {
             "skip": self.skip,
+            "experts": self.experts,
             "overrides": list(self.overrides),
             "max_shard_bytes": self.max_shard_bytes,
             **self.options,
@@ -137,6 +140,8 @@ def command(request: Request, planned: Plan) -> str:
             words += _option(name, value) if value != default else []
     for name, value in (("skip", request.skip), *(("override", o) for o in request.overrides)):
         words += _option(name, value)
+    if request.experts != mixture.KEEP:
+        words += _option("experts", request.experts)
     if request.max_shard_bytes != DEFAULT_SHARD_BYTES:
         words += ["--max-shard-size", str(request.max_shard_bytes)]
     return shlex.join(words)

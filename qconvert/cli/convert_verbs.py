@@ -141,6 +141,7 @@ _PLANNING: Parameters = [
     ("output", opt.Output, None),
     ("revision", opt.Revision, None),
     ("skip", opt.Skip, None),
+    ("experts", opt.Experts, "keep"),
     ("max_shard_size", opt.MaxShardSize, "5GB"),
     ("device", opt.Device, "auto"),
     ("threads", opt.Threads, None),
@@ -160,7 +161,7 @@ _POURING: Parameters = [
     ("overwrite", opt.Overwrite, False),
     ("restart", opt.Restart, False),
 ]
-WRITING: Parameters = [parameter for parameter in (*_PLANNING, *_POURING) if parameter[0] != "skip"]
+WRITING: Parameters = [it for it in (*_PLANNING, *_POURING) if it[0] not in ("skip", "experts")]
 """What every verb takes that writes a checkpoint."""
 
 
@@ -233,6 +234,7 @@ def request(verb: str, options: dict[str, Any], given: dict[str, Any]) -> Reques
         output=given["output"],
         revision=given["revision"],
         skip=given.get("skip"),
+        experts=given.get("experts", "keep"),
         overrides=given.get("override") or (),
         calibration=_calibration(given) if "calibration" in given else None,
         max_shard_bytes=opt.parse_size(given["max_shard_size"]),

@@ -45,6 +45,13 @@ Revision = Annotated[
 Skip = Annotated[
     str | None, typer.Option(help="Regex: keep matching layers in full precision.", metavar="REGEX")
 ]
+Experts = Annotated[
+    str,
+    typer.Option(
+        help="keep: full precision; quantize: read by some loaders alone, which the plan names.",
+        metavar="keep|quantize",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 NoValidate = Annotated[bool, typer.Option("--no-validate", help="Do not prove the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
