@@ -22,10 +22,11 @@ import torch
 
 from qconvert import modelconfig
 from qconvert.arrays import to_torch, torch_dtype
+from qconvert.decoding import decoded
 from qconvert.errors import ContractViolation
 from qconvert.planning import announced_dtype
 from qconvert.safepath import read_bytes
-from qconvert.source import SourceReader
+from qconvert.source import SourceReader, open_folder
 from qconvert.stored import LayerReader, Stored, read_tensor
 from qconvert.types import TensorInfo
 
@@ -73,20 +74,34 @@ def model_class(config: Any) -> Any:
 
 
 def source(folder: Path, dtype: Any, device: str) -> Loaded:
-    """The full-precision model, in the dtype that the quantized one computes in."""
+    """The full-precision model, in the dtype that the quantized one computes in.
+
+    Of a source that is quantized itself, the weights that its own loader would decode.
+    """
     config = config_of(folder)
+    checkpoint = decoded(open_folder(folder, quantized=True))
+    if checkpoint.encoded:
+        with SourceReader(checkpoint) as reader:
+            weights = {
+                name: to_torch(read_tensor(reader, info), info.dtype)
+                for name, info in checkpoint.tensors.items()
+            }
+        return _built(config, weights, dtype, device, "own decoding")
     model, info = model_class(config).from_pretrained(folder, config=config, dtype=dtype, **_SAFE)
     return Loaded(model.to(device), _complaints(info), f"transformers {_version('transformers')}")
 
 
-def compute_dtype(stored: Stored, device: str = "cpu") -> Any:
+def compute_dtype(stored: Stored, device: str = "cpu", *, elsewhere: bool = False) -> Any:
     """The torch dtype that a stored model is proved in: what it computes in, with exceptions.
 
-    HQQLinear computes in any, so in the one that shows most. aqlm's kernel for codebooks of 256
+    HQQLinear computes in any, so in the one that shows most; in another environment in the one
+    of its card, since transformers 4.57 has to be told. aqlm's kernel for codebooks of 256
     vectors computes in float32 alone on a CPU, its CUDA kernels in 16 bits alone.
     """
     announced = torch_dtype(announced_dtype(stored.checkpoint))
-    if stored.container.name == "hqq" or (stored.container.name == "aqlm" and device == "cpu"):
+    if stored.container.name == "hqq" and not elsewhere:
+        return torch.float32
+    if stored.container.name == "aqlm" and device == "cpu":
         return torch.float32
     if stored.container.name == "aqlm" and announced is torch.float32:
         return torch.bfloat16
@@ -104,10 +119,17 @@ def dequantized(stored: Stored, dtype: Any, device: str) -> Loaded:
         for name, (layer, _) in stored.layers.items():
             weight = torch.from_numpy(LayerReader(stored, name, reader).weight())
             weights[layer.tensor.name] = weight.to(dtype)
+    return _built(config, weights, dtype, device, "own dequantization")
+
+
+def _built(
+    config: Any, weights: Mapping[str, Tensor], dtype: Any, device: str, name: str
+) -> Loaded:
+    """The plain model class with these weights."""
     model, info = model_class(config).from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True
     )
-    return Loaded(model.to(device), _complaints(info), "own dequantization")
+    return Loaded(model.to(device), _complaints(info), name)
 
 
 def stock(stored: Stored, dtype: Any, device: str) -> Loaded:
@@ -122,10 +144,8 @@ def stock(stored: Stored, dtype: Any, device: str) -> Loaded:
     model, info = cls.from_pretrained(
         stored.root, dtype=asked_dtype(stored, dtype), **place, **_SAFE
     )
-    name = (
-        f"transformers {_version('transformers')} {cls.__name__}.from_pretrained{after}, "
-        f"{library} {_version(library)}"
-    )
+    name = f"transformers {_version('transformers')} {cls.__name__}.from_pretrained{after}"
+    name += f", {library} {_version(library)}" if stored.layers else ""
     return Loaded(model, _complaints(info), name)
 
 
