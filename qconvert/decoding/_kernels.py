@@ -134,23 +134,43 @@ def unpack_nibbles(packed, first_is_high, out):
 
 
 @kernel
+def _unpack_group(packed, products, out):
+    for i in range(packed.size):
+        out[2 * i] = products[packed[i] & np.uint8(15)]
+        out[2 * i + 1] = products[packed[i] >> np.uint8(4)]
+
+
+@kernel
+def _copy(values, out):
+    for i in range(out.size):
+        out[i] = values[i]
+
+
+@kernel
 def transpose_mxfp4(blocks, scales, products, first, out):
     """The flat elements from `first` on of an expert [in, out], from its codes [out, in / 2].
 
-    `products` [scale, code] are the bits of all values. A tile of rows is written while its bytes
-    are in the first-level cache: rows of two codes each lie in the same byte.
+    `products` [scale, code] are the bits of all values. Tiles of 128 rows and 64 columns use all of
+    a cache line that is read, and of one that is written.
     """
-    columns = blocks.shape[0]
+    columns, groups = scales.shape
+    tile = np.empty((64, 128), out.dtype)
     stop = first + out.size
-    row = first // columns
-    while row * columns < stop:
-        last = min((row // 32 + 1) * 32, -(-stop // columns))
-        whole = row * columns >= first and last * columns <= stop
-        for column in range(columns):
-            values = products[scales[column, row // 32]]
-            for r in range(row, last):
-                at = r * columns + column
-                if whole or first <= at < stop:
-                    code = blocks[column, r // 2] >> np.uint8(4 * (r % 2)) & np.uint8(15)
-                    out[at - first] = values[code]
-        row = last
+    row, end = first // columns, -(-stop // columns)
+    while row < end:
+        top = row // 128 * 128
+        height = min(top + 128, end) - row
+        for column in range(0, columns, 64):
+            width = min(64, columns - column)
+            for c in range(width):
+                for group in range(top // 32, min(top // 32 + 4, groups)):
+                    packed = blocks[column + c, 16 * group : 16 * group + 16]
+                    at = 32 * group - top
+                    values = products[scales[column + c, group]]
+                    _unpack_group(packed, values, tile[c, at : at + 32])
+            for r in range(row, row + height):
+                begin = r * columns + column
+                a, b = max(begin, first), min(begin + width, stop)
+                if a < b:
+                    _copy(tile[a - begin : b - begin, r - top], out[a - first : b - first])
+        row += height

@@ -88,9 +88,9 @@ class MXFP4:
 @cache
 def _products(dtype: str) -> Array:
     """The bits of code · 2^(scale - 127) in `dtype`, [scale, code]."""
-    powers = np.ldexp(np.float32(1), np.arange(256) - 127)[:, None]
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = (powers * np.array(E2M1, np.float32)).reshape(-1)
+    with np.errstate(over="ignore"):
+        exact = np.ldexp(np.array(E2M1), np.arange(256)[:, None] - 127)
+        values = exact.reshape(-1).astype(np.float32)
     found = np.empty(values.size, arrays.storage_dtype(dtype))
     store(values, "F32", dtype, found.data.cast("B"))
     return found.view(np.uint32 if found.itemsize == 4 else np.uint16).reshape(256, -1)
