@@ -375,6 +375,7 @@ def _fingerprint(plan: Plan) -> str:
         "revision": checkpoint.revision,
         "method": plan.method.options(),
         "calibration": plan.calibration,
+        "codes": sorted(plan.codes),
         "layers": [
             (e.tensor.name, e.action, e.method.options() if e.method else None)
             for e in plan.entries

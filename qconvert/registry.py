@@ -73,7 +73,7 @@ class MethodInfo:
 
     def unusual(self, container: str) -> str | None:
         """The container's name unless it is the default one."""
-        return None if container == next(iter(self.layouts)) else container
+        return None if container == next(iter(self.layouts), None) else container
 
     def _layout(self, name: object) -> Layout:
         if name is None:
@@ -191,11 +191,19 @@ DEQUANTIZE = MethodInfo(
     options={"dtype": "bfloat16, float16 or float32 (default: what config.json announces)"},
 )
 """A verb like the methods', but none: it ends where they begin."""
+TRANSCODE = MethodInfo(
+    verb="transcode",
+    summary="The same codes, scales and zeros in another format, where it can hold them",
+    layouts={},
+    bits=(),
+    options={"to": "the format to store them in"},
+)
+"""A verb that computes nothing: its methods are those of the source."""
 
 
 def info(verb: str) -> MethodInfo:
     """The method of that name, built in or from an entry point; raises UsageError."""
-    for method in (*METHODS, DEQUANTIZE):
+    for method in (*METHODS, DEQUANTIZE, TRANSCODE):
         if method.verb == verb:
             return method
     from importlib.metadata import entry_points  # 20 ms that built-in methods need not pay

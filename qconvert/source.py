@@ -239,6 +239,12 @@ class Closeable(Reader, AbstractContextManager["Closeable"], Protocol):
 
     def close(self) -> None: ...
 
+    def read_stored(
+        self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
+    ) -> None:
+        """As `read`, of a tensor that a file holds."""
+        ...
+
 
 class OpenFile(Protocol):
     """One weight file, open."""

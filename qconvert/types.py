@@ -358,6 +358,18 @@ class Container(Protocol):
         ...
 
 
+class CodeSource(Protocol):
+    """Where the codes of a layer come from that is not quantized anew, but stored otherwise."""
+
+    def read(self, read_stored: ReadStored, tile: Tile) -> Parts:
+        """What `Method.quantize` would return for the tile's block.
+
+        Any thread may call at any time. Raises CorruptFile, and UsageError for codes that the
+        container cannot hold.
+        """
+        ...
+
+
 class Action(StrEnum):
     QUANTIZE = "quantize"
     COPY = "copy"
@@ -420,6 +432,8 @@ class Plan:
     warnings: tuple[str, ...] = ()
     calibration: JSON = field(default_factory=dict)
     """What a calibrated method's result depends on beside the weights: text, seed, device, …"""
+    codes: Mapping[str, CodeSource] = field(default_factory=dict)
+    """Of layers that take over codes, scales and zeros of the source, by tensor."""
 
     @property
     def total_bytes(self) -> int:
