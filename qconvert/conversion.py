@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -150,7 +150,9 @@ def convert(
         try:
             solved = _solve(planned, prepared, staged, found, threads, on_event, clock)
             solution = stack.enter_context(Solution(solved.files if solved else ()))
-            poured, numeric = _pour(request, planned, staged, solution, sink, found, progress)
+            poured, numeric = _pour(
+                request, planned, staged, solution, sink, found, threads, progress
+            )
         except NonFinite:
             staged.discard()  # the same plan can never succeed, and --skip makes another
             raise
@@ -277,6 +279,7 @@ def _pour(
     solution: Solution,
     sink: Sink | None,
     found: Sequence[str],
+    threads: int,
     progress: Progress | None,
 ) -> tuple[Poured, Report | None]:
     """Pours all shards; of a stream, also the numeric level's report."""
@@ -284,7 +287,7 @@ def _pour(
         pour,
         planned,
         staged,
-        threads=worker_count(request.threads),
+        threads=threads,
         quantize=_quantizer(found),
         solution=solution,
         progress=progress,
@@ -409,15 +412,11 @@ def _finished(document: JSON, planned: Plan, destination: Path | None) -> Result
     return Result(destination, planned, verdict, reports, planned.total_bytes, {}, figures)
 
 
-@dataclass(slots=True)
 class _Clock:
     """Wall time of the stages of a run; goes to the run log, never into a hashed file."""
 
-    laps: dict[str, float]
-    _last: float
-
     def __init__(self) -> None:
-        self.laps = {}
+        self.laps: dict[str, float] = {}
         self._last = time.monotonic()
 
     def lap(self, stage: str) -> None:
