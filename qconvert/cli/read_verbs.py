@@ -18,10 +18,6 @@ _Target = Annotated[
         show_default=False,
     ),
 ]
-_Revision = Annotated[
-    str | None,
-    typer.Option(help="Branch, tag or commit of PATH.", metavar="REF", show_default="main"),
-]
 _Against = Annotated[
     str | None,
     typer.Option(
@@ -66,7 +62,7 @@ def register(app: typer.Typer) -> None:
     app.command("verify", hidden=True)(validate)
 
 
-def inspect(path: _Target, revision: _Revision = None, json: opt.Json = False) -> None:
+def inspect(path: _Target, revision: opt.PathRevision = None, json: opt.Json = False) -> None:
     """Show what a folder or repository holds: bits and bytes of each module, source, versions."""
     from qconvert.cli import show_folder
 
@@ -77,7 +73,7 @@ def validate(
     path: _Target,
     against: _Against = None,
     level: _Level = None,
-    revision: _Revision = None,
+    revision: opt.PathRevision = None,
     device: opt.Device = "auto",
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -109,7 +105,7 @@ def reproduce(
     source: _Source = None,
     calibration: _Text = None,
     keep: _Keep = None,
-    revision: _Revision = None,
+    revision: opt.PathRevision = None,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
     json: opt.Json = False,
