@@ -191,6 +191,10 @@ class Contract:
                 return reason
         return None
 
+    def asks(self, variant: str, name: str) -> bool:
+        """Whether it depends on `name` what can be stored."""
+        return any(name in rule["expr"] for rule in self.variants[variant].get("requires", ()))
+
     def band(self, variant: str, env: Env) -> Band:
         """The error expected of this variant under these options."""
         for row in self.variants[variant]["error"]:
@@ -205,6 +209,7 @@ def environment(layer: Layer, method: Method) -> Env:
         "out_features": layer.out_features,
         "in_features": layer.in_features,
         "transposed": layer.transposed,
+        "input_dimensions": layer.input_dimensions,
         **method.options(),
     }
 

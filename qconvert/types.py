@@ -239,6 +239,8 @@ class Layer:
     transposed: bool = False
     """The source is [in_features, out_features] (Conv1D); codes are always [out, in]."""
     has_bias: bool = False
+    input_dimensions: int = 3
+    """Of the tensor it is called with, where that has been found out."""
 
 
 # ── the plan ─────────────────────────────────────────────────────────────────────────────────
