@@ -96,6 +96,7 @@ class MethodInfo:
             )
 
 
+_CONTAINER = "how it is stored: the format's own tensors (default), or compressed-tensors"
 _BNB_4BIT = {
     "double_quant": "quantize the absmax of each block too (default: yes)",
     "blocksize": "weights that share one absmax (default 64)",
@@ -110,9 +111,14 @@ METHODS = (
             "bitsandbytes": Layout(
                 "qconvert.methods.llm_int8:LLMInt8",
                 "qconvert.containers.bitsandbytes:BITSANDBYTES",
-            )
+            ),
+            "compressed-tensors": Layout(
+                "qconvert.methods.hqq:int8_rows",
+                "qconvert.containers.compressed_tensors:COMPRESSED_TENSORS",
+            ),
         },
         bits=(8,),
+        options={"container": _CONTAINER},
     ),
     MethodInfo(
         verb="nf4",
@@ -144,13 +150,21 @@ METHODS = (
         verb="hqq",
         summary="HQQ: 8 to 1 bits, scale and zero for each group, no calibration data",
         layouts={
-            "hqq": Layout("qconvert.methods.hqq:HQQ", "qconvert.containers.hqq:HQQ_NATIVE"),
+            "hqq": Layout(
+                "qconvert.methods.hqq:HQQ", "qconvert.containers.hqq:HQQ_NATIVE", {"zero": "real"}
+            ),
+            "compressed-tensors": Layout(
+                "qconvert.methods.hqq:with_integer_zeros",
+                "qconvert.containers.compressed_tensors:COMPRESSED_TENSORS",
+            ),
         },
         bits=(8, 6, 5, 4, 3, 2, 1),
         options={
             "bits": "8, 6, 5, 4, 3, 2 or 1",
             "group_size": "weights that share scale and zero (default 64)",
             "axis": "1: groups along in_features (default); 0: across the flattened weight",
+            "container": _CONTAINER,
+            "zero": "with a container of integers: integer (default) or middle, a symmetric grid",
         },
     ),
     MethodInfo(
