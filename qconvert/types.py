@@ -160,6 +160,9 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
     encoded: Mapping[str, Encoded] = field(default_factory=dict)
     """Those of `tensors` that are computed while they are read, by name."""
+    proved: set[str] = field(default_factory=set, compare=False)
+    """Files that a reader has hashed and found to be what the Hub promises. It holds for as long
+    as they are unchanged (`FileInfo.identity`), which whoever relies on it looks at."""
 
     @property
     def repo_id(self) -> str | None:

@@ -84,7 +84,12 @@ def check_numeric(
     stored = stored.seen_as(structure or linears.structure(checkpoint.config, shapes))
     afar = checkpoint.remote or stored.checkpoint.remote
     workers = threads or (_READERS if afar else len(os.sched_getaffinity(0)))
-    here = [] if checkpoint.remote else list(checkpoint.files)
+    known = {
+        name: file.sha256
+        for name, file in checkpoint.files.items()
+        if file.sha256 and (checkpoint.remote or name in checkpoint.proved)
+    }
+    here = [] if checkpoint.remote else [n for n in checkpoint.files if n not in known]
     with ExitStack() as stack:
         source = stack.enter_context(SourceReader(checkpoint))
         result = stack.enter_context(stored.reader())
@@ -99,11 +104,10 @@ def check_numeric(
         compared = Compared(
             comparison.layers(), comparison.copies(tuned), comparison.changes(tuned)
         )
-        for file in here:
+        for file in () if checkpoint.remote else checkpoint.files:
             source.check_unchanged(file)
-        sha256 = hashing.result()
-    if checkpoint.remote:
-        sha256 = {name: file.sha256 for name, file in checkpoint.files.items() if file.sha256}
+        known |= hashing.result()
+    sha256 = {name: known[name] for name in checkpoint.files if name in known}
     return numeric_report(stored, compared, sha256)
 
 
