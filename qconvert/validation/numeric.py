@@ -22,7 +22,8 @@ Norms and biases that were tuned with their block may differ from the source's, 
 format's contract allows, if the plan or the manifest says that they were.
 
 The source's files are hashed meanwhile: the report holds for exactly these bytes, and can be cited
-later without them. Of files on the Hub, which are read by ranges, the tree tells the hashes.
+later without them. Of files on the Hub, which are read by ranges, the tree tells the hashes, and
+of downloaded ones that were compared with the tree once already.
 """
 
 from __future__ import annotations
@@ -104,9 +105,9 @@ def check_numeric(
         compared = Compared(
             comparison.layers(), comparison.copies(tuned), comparison.changes(tuned)
         )
+        known |= hashing.result()
         for file in () if checkpoint.remote else checkpoint.files:
             source.check_unchanged(file)
-        known |= hashing.result()
     sha256 = {name: known[name] for name in checkpoint.files if name in known}
     return numeric_report(stored, compared, sha256)
 
