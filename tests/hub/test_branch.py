@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hub.pushing import SHARDS, TOKEN, Desk, contents, pushed_names, result
+from tests.hub.pushing import REPO, SHARDS, Desk, assert_whole, contents, pushed_names, result
 from tests.hub.storage import Repo
 from tests.hub.wire import Answer, Exchange, reply
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-
-import pytest
 
 from tests.hub.pushing import NAME, TOKEN, Desk, cli, contents, pushed_names, result
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hub.pushing import SHARDS, TOKEN, Desk, contents, pushed_names, result
+from tests.hub.pushing import REPO, SHARDS, TOKEN, Desk, assert_whole, contents, pushed_names, result
 from tests.hub.server import Hub
 from tests.hub.storage import Blob, Entry
 from tests.hub.wire import Answer, Exchange
