@@ -42,5 +42,4 @@ def desk(desk_of_module: Desk) -> Iterator[Desk]:
     hub.repos.pop(("model", REPO), None)
     hub.faults = type(hub.faults)()
     hub.tokens[TOKEN].expired = False
-    hub.part_size = type(hub).part_size
     hub.log.clear()

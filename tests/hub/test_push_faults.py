@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.pushing import REPO, SHARDS, TOKEN, Desk, assert_whole, contents, pushed_names, result
+from tests.hub.pushing import (
+    REPO,
+    SHARDS,
+    TOKEN,
+    Desk,
+    assert_whole,
+    contents,
+    pushed_names,
+    result,
+)
 from tests.hub.server import Hub
 from tests.hub.storage import Blob, Entry
 from tests.hub.wire import Answer, Exchange
@@ -106,9 +115,11 @@ def test_a_page_in_place_of_an_answer(
 
 @pytest.mark.parametrize("kind", ["cut", "reset"])
 @pytest.mark.parametrize("parts", [False, True])
-def test_an_upload_that_is_cut(desk: Desk, tmp_path: Path, kind: str, parts: bool) -> None:
+def test_an_upload_that_is_cut(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, parts: bool
+) -> None:
     if parts:
-        desk.hub.part_size = 50_000
+        monkeypatch.setattr(desk.hub, "part_size", 50_000)
     fault = desk.hub.fault("PUT /upload/", kind, times=3)
     said = desk.push(result(tmp_path / "out"), REPO)
     assert ("error" in said, fault.seen) == (False, 3), said
