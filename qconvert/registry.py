@@ -164,7 +164,7 @@ METHODS = (
             "group_size": "weights that share scale and zero (default 64)",
             "axis": "1: groups along in_features (default); 0: across the flattened weight",
             "container": _CONTAINER,
-            "zero": "with a container of integers: integer (default) or middle, a symmetric grid",
+            "zero": "of compressed-tensors: integer (at 4 bits) or middle, a symmetric grid (at 8)",
         },
     ),
     MethodInfo(
@@ -213,6 +213,12 @@ TRANSCODE = MethodInfo(
     options={"to": "the format to store them in"},
 )
 """A verb that computes nothing: its methods are those of the source."""
+
+
+def formats() -> list[str]:
+    """The formats that methods without calibration write: what codes may be moved to."""
+    names = (name for method in METHODS if not method.calibrated for name in method.layouts)
+    return list(dict.fromkeys(names))
 
 
 def info(verb: str) -> MethodInfo:

@@ -42,7 +42,7 @@ _Zero = Annotated[
     typer.Option(
         help="Of compressed-tensors: integer, or middle for a symmetric grid.",
         metavar="NAME",
-        show_default="integer there",
+        show_default="integer at 4 bits, middle at 8",
     ),
 ]
 _Override = Annotated[

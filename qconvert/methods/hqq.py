@@ -216,12 +216,14 @@ def with_integer_zeros(
     group_size: int = 64,
     axis: int = 1,
     compute_dtype: str = "BF16",
-    zero: str = "integer",
+    zero: str | None = None,
 ) -> HQQ:
-    """HQQ for containers of 4 and 8 bits whose kernels know few sizes of groups.
+    """HQQ for containers of 4 and 8 bits, whose kernels know few sizes of groups.
 
-    Raises UsageError for the others, and for a zero that is real.
+    `zero` is "integer" or "middle": by default the former at 4 bits, and the latter at 8, where
+    few kernels take zero points and they gain little. Raises UsageError for other options.
     """
+    zero = zero or ("integer" if bits == 4 else "middle")
     for option, value, allowed in (
         ("bits", bits, (8, 4)),
         ("group_size", group_size, (32, 64, 128, -1)),
