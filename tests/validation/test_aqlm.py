@@ -20,17 +20,13 @@ from qconvert.validation.numeric import check_numeric
 from tests.aqlm_cases import plan_aqlm, write_aqlm
 from tests.models import tiny
 from tests.validation import faults
-from tests.validation.faults import LAYER, TWIN
+from tests.validation.faults import LAYER, TWIN, failed
 from tests.validation.test_reload import reload
 
 Folders = Callable[[str], Path]
 NAMES = [name for name in faults.METHODS if name.startswith("aqlm")]
 NORM = "model.layers.0.input_layernorm.weight"
 LISTED = "linear_weights_not_to_quantize"
-
-
-def failed(report: Report) -> dict[str, str]:
-    return {check.name: check.detail for check in report.checks if not check.passed}
 
 
 def numeric(folder: Path, source: Path, **options: Any) -> dict[str, str]:

@@ -21,17 +21,13 @@ from qconvert.validation.comparison import Errors, compare
 from qconvert.validation.numeric import check_numeric
 from tests.models import tiny
 from tests.validation import faults
-from tests.validation.faults import CODES, LAYER, SCALES, TWIN
+from tests.validation.faults import CODES, LAYER, SCALES, TWIN, failed
 
 Folders = Callable[[str], Path]
 
 
 def report_on(folder: Path, source: Path, **options: Any) -> Report:
     return check_numeric(open_stored(folder), open_checkpoint(str(source)), **options)
-
-
-def failed(report: Report) -> dict[str, str]:
-    return {check.name: check.detail for check in report.checks if not check.passed}
 
 
 @pytest.mark.parametrize("name", faults.METHODS)
