@@ -13,7 +13,7 @@ import pytest
 from qconvert.source import open_checkpoint
 from qconvert.staging import MANIFEST_NAME
 from qconvert.stored import open_stored
-from qconvert.types import Report, Verdict
+from qconvert.types import Verdict
 from qconvert.validation import truncate, validate_folder
 from qconvert.validation.comparison import compare
 from qconvert.validation.numeric import check_numeric
