@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from qconvert import arrays
 from qconvert.decoding import open_source
@@ -55,3 +57,28 @@ def with_quantization(folder: Path, quantization: dict[str, Any], **others: Any)
     file = folder / "config.json"
     config = json.loads(file.read_text()) | {"quantization_config": quantization} | others
     file.write_text(json.dumps(config))
+
+
+def replace_weights(
+    folder: Path, change: Callable[[str, torch.Tensor], dict[str, torch.Tensor] | None]
+) -> dict[str, torch.Tensor]:
+    """Rewrites the tensors of a folder that `change` makes others of; returns what is stored."""
+    file = folder / "model.safetensors"
+    stored = {}
+    for name, tensor in load_file(file).items():
+        changed = change(name, tensor)
+        stored |= {name: tensor} if changed is None else changed
+    save_file({k: v.contiguous() for k, v in stored.items()}, file, metadata={"format": "pt"})
+    return stored
+
+
+def fp8_blocks(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight in F8_E4M3 [*, rows, columns] and the scale of each block, float32."""
+    *stack, rows, columns = weight.shape
+    high, wide = -(-rows // block[0]), -(-columns // block[1])
+    padded = torch.zeros(*stack, high * block[0], wide * block[1])
+    padded[..., :rows, :columns] = weight.float()
+    cut = padded.reshape(*stack, high, block[0], wide, block[1])
+    scale = (cut.abs().amax((-3, -1)) / 448).clamp(min=1e-12)
+    codes = (cut / scale[..., :, None, :, None]).reshape(padded.shape)[..., :rows, :columns]
+    return codes.to(torch.float8_e4m3fn), scale

@@ -141,13 +141,14 @@ def test_aqlm(tmp_path: Path, scheme: tuple[int, int, int], dtype: str) -> None:
 
 def test_conv1d_is_transposed_back(tmp_path: Path) -> None:
     """GPT-2's source is [in_features, out_features]; codes are [out_features, in_features]."""
-    from hqq.core.quantize import HQQLinear
+    from bitsandbytes.functional import int8_vectorwise_dequant
 
     source = tiny("gpt2", tmp_path)
-    folder, stored = converted(source, "hqq", bits=4)
+    folder, stored = converted(source, "int8")
     ours, before = weights(folder), load_file(source / "model.safetensors")
     assert {name: t.shape for name, t in ours.items()} == {n: t.shape for n, t in before.items()}
-    for name, parts in layers(stored, "W_q").items():
-        linear = HQQLinear(None, None, compute_dtype=torch.bfloat16, device="cpu")
-        linear.load_state_dict({k: v for k, v in parts.items() if k != "bias"})
-        assert same(ours[f"{name}weight"], linear.dequantize().T), name
+    quantized = layers(stored, "SCB")
+    assert len(quantized) == 8
+    for name, parts in quantized.items():
+        theirs = int8_vectorwise_dequant(parts["weight"], parts["SCB"])
+        assert same(ours[f"{name}weight"], theirs.to(torch.bfloat16).T), name
