@@ -81,8 +81,20 @@ def call(
             request_headers()
             return fn()
         except expected as e:
+            if isinstance(e, RuntimeError) and not _of_library(e):
+                raise
             if not (_may_pass(e) and backoff.wait(headers_of(e), connected=connected(e))):
                 raise translated(e, repo_id, revision, write=write) from e
+
+
+def _of_library(e: RuntimeError) -> bool:
+    """Whether it is a word of huggingface_hub, or of hf_xet, which it calls and which has no Python
+    frames; not a mistake of whoever is called back."""
+    frame = e.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    raised_in = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return str(raised_in).partition(".")[0] == "huggingface_hub"
 
 
 def prepare() -> None:
