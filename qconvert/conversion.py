@@ -21,10 +21,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qconvert import devices, footprint, manifest, registry, sealing, source, staging
+from qconvert import (
+    devices,
+    footprint,
+    manifest,
+    registry,
+    sealing,
+    source,
+    staging,
+    transcoding,
+)
 from qconvert.calibration import prepare
 from qconvert.calibration.report import OnEvent, figures_from
 from qconvert.decoding import open_source
+from qconvert.decoding.exact import exact
 from qconvert.errors import CorruptFile, DiskFull, HubError, NonFinite, UsageError
 from qconvert.outputs import Sink, shards_at_once
 from qconvert.planning import announced_dtype, make_plan
@@ -32,7 +42,7 @@ from qconvert.pour import Poured, pour
 from qconvert.request import Request, Result, default_name, output_folder, worker_count
 from qconvert.solution import Solution
 from qconvert.staging import Staging
-from qconvert.types import JSON, Plan, Progress, Report, Verdict
+from qconvert.types import JSON, Checkpoint, Plan, Progress, Report, Verdict
 
 if TYPE_CHECKING:
     from qconvert.calibration.prepare import Prepared
@@ -66,13 +76,16 @@ def plan(request: Request) -> Plan:
             f"{request.method} reads every block several times: it cannot be streamed",
             hint="leave --stream out",
         )
-    checkpoint = open_source(request.model, revision=request.revision)
-    if request.stream and not checkpoint.remote:
-        raise UsageError(
-            f"--stream reads a Hub repository as it arrives; {checkpoint.name} is on this disk",
-            hint="leave --stream out",
-        )
-    maths, container = method.build(announced_dtype(checkpoint), request.options)
+    if method is registry.TRANSCODE:
+        return transcoding.plan(request)
+    anew = method is not registry.DEQUANTIZE
+    checkpoint = open_source(request.model, revision=request.revision, anew=anew)
+    if request.stream:
+        _refuse_stream(checkpoint)
+    dtype = announced_dtype(checkpoint)
+    maths, container = method.build(dtype, request.options)
+    if getattr(maths, "dtype", dtype) != dtype:  # not what its loader would round to
+        checkpoint = exact(checkpoint)
     reading, tune = None, False
     if method.calibrated:
         reading, tune = prepare.describe(checkpoint, request.calibration_options())
@@ -208,6 +221,17 @@ def write_side_files(planned: Plan, tree: Path) -> None:
 
 
 # ── the source ───────────────────────────────────────────────────────────────────────────────
+
+
+def _refuse_stream(checkpoint: Checkpoint) -> None:
+    """Raises UsageError for what cannot be read in order, once."""
+    why = ""
+    if not checkpoint.remote:
+        why = f"--stream reads a Hub repository as it arrives; {checkpoint.name} is on this disk"
+    elif checkpoint.encoded:
+        why = f"{checkpoint.name} is quantized: codes and scales do not arrive together"
+    if why:
+        raise UsageError(why, hint="leave --stream out")
 
 
 def _streamed(planned: Plan, request: Request) -> Plan:

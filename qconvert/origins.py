@@ -64,7 +64,7 @@ class TakenOver:
 
     def __init__(self, reader: Closeable, plan: Plan) -> None:
         self._reader = reader
-        self._container = plan.container
+        self._container: Container = plan.container
         self._codes = plan.codes
 
     def has(self, entry: PlanEntry) -> bool:

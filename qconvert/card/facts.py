@@ -19,7 +19,7 @@ from qconvert.types import JSON
 MAX_DEPTH = 32
 LEVELS = ("contract", "numeric", "reload")
 _REPO_ID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?")
-_WORD = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_WORD = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -92,6 +92,11 @@ class Facts:
     def dequantized(self) -> bool:
         """Whether it is in full precision, as `dequantize` leaves it."""
         return self.verb == "dequantize"
+
+    @property
+    def transcoded(self) -> bool:
+        """Whether its codes are those of another quantized checkpoint."""
+        return self.verb == "transcode"
 
     @property
     def options(self) -> JSON:

@@ -59,7 +59,11 @@ def _title(facts: Facts) -> str:
     made = f"quantized with {facts.verb or 'an unknown method'}"
     made += f" to {bits:g} bits" if bits is not None else ""
     made += (f" ({options})" if options else "") + effective_bits(facts)
-    if facts.dequantized:
+    if facts.transcoded:
+        method = " ".join([facts.container, *method.split()[1:]])
+        made = f"with the same codes, scales and zeros, stored as {facts.container}"
+        made += (f" ({options})" if options else "") + effective_bits(facts)
+    elif facts.dequantized:
         dtype = TORCH_NAMES.get(facts.text("method", "dtype"), "full precision")
         method, made = dtype, f"a quantized checkpoint, with its weights as {dtype} numbers"
     lines = [

@@ -158,6 +158,11 @@ class StreamReader:
             view[done : done + len(piece)] = piece
             done += len(piece)
 
+    def read_stored(
+        self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
+    ) -> None:
+        self.read(tensor, start_element, stop_element, out)  # nothing that is encoded is streamed
+
     def check(self, file: str) -> None:
         state = self._files.get(file)
         if state is None:  # not fetched, since an earlier run has verified it
