@@ -113,6 +113,10 @@ class Reload:
         self.data["device"] = self.device
 
     def _read_text(self, model: Any) -> Text:
+        if model.main_input_name != "input_ids":
+            raise Impossible(
+                f"{type(model).__name__} reads {model.main_input_name}, and here is text alone"
+            )
         text = measure.read_text(
             self.folder,
             self.text,
