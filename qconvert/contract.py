@@ -155,7 +155,8 @@ class Contract:
     def experts(self) -> Mapping[str, Any]:
         """What its loaders make of experts, one by one on disk: see `qconvert.mixture`.
 
-        refused: why they cannot be quantized; kept: why they cannot be left; unread: why
+        refused: why they cannot be quantized; kept: why they cannot be left; symmetric: why their
+        zeros are to be in the middle; alike: why all have the same options; unread: why
         transformers 5 does not load quantized ones; loaders: who does.
         """
         found: Mapping[str, Any] = self.data.get("experts", {})

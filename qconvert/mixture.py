@@ -18,7 +18,17 @@ from dataclasses import dataclass
 from qconvert import contract
 from qconvert.errors import UsageError, printable
 from qconvert.linears import generalize
-from qconvert.types import JSON, Action, Container, Kind, Layer, Plan, PlanEntry, Structure
+from qconvert.types import (
+    JSON,
+    Action,
+    Container,
+    Kind,
+    Layer,
+    Method,
+    Plan,
+    PlanEntry,
+    Structure,
+)
 
 KEEP, QUANTIZE = CHOICES = ("keep", "quantize")
 
@@ -67,7 +77,7 @@ def refuse(choice: str, structure: Structure, container: Container, model_type: 
 
 
 def refuse_unloadable(
-    container: Container, structure: Structure, entries: Iterable[PlanEntry]
+    container: Container, usual: Method, structure: Structure, entries: Iterable[PlanEntry]
 ) -> None:
     """Raises UsageError where a format's loaders would leave experts random, or fail on them."""
     if container.name in structure.unfused_by:
@@ -77,12 +87,24 @@ def refuse_unloadable(
             hint="qconvert hqq MODEL --bits 4 leaves them as they are",
         )
     says = contract.load(container.name).experts
-    for entry in entries if "kept" in says else ():
-        if structure.roles[entry.tensor.name].kind is Kind.EXPERT and entry.layer is None:
+    for entry in entries:
+        if structure.roles[entry.tensor.name].kind is not Kind.EXPERT:
+            continue
+        if entry.layer is None and "kept" in says:
             raise UsageError(
                 f"{entry.tensor.name} would stay in full precision ({entry.reason}): "
                 f"{says['kept']}",
                 hint="choose --skip and --group-size so that every expert is quantized",
+            )
+        if "symmetric" in says and getattr(entry.method, "zero", "middle") != "middle":
+            raise UsageError(
+                f"{entry.tensor.name} would have zero points: {says['symmetric']}",
+                hint="--zero middle",
+            )
+        if "alike" in says and entry.method != usual:
+            raise UsageError(
+                f"{entry.tensor.name} has options of its own: {says['alike']}",
+                hint="choose --override so that no expert is among the layers",
             )
 
 

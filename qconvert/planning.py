@@ -144,7 +144,7 @@ def make_plan(
     if layers is None:
         _refuse_useless(entries, skip, overrides)
     if format_.variants:
-        mixture.refuse_unloadable(container, structure, entries)
+        mixture.refuse_unloadable(container, method, structure, entries)
     shards = cut_into_shards(entries, max_shard_bytes)
     draft = Plan(
         checkpoint=checkpoint,

@@ -15,7 +15,7 @@ several it is left out, and zero points are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import ClassVar
 
@@ -118,13 +118,16 @@ class CompressedTensors:
     ) -> dict[str, tuple[Layer, HQQ]]:
         """The quantized layers of a folder, whoever wrote it: weights alone, of 4 or 8 bits.
 
-        Bits, groups and symmetry are seen in the shapes. Raises UnsupportedConfig for the other
-        kinds of compressed-tensors, CorruptFile for layers that are none.
+        Bits, groups and symmetry are seen in the shapes; config.json tells a group from a row of
+        as many weights. Raises UnsupportedConfig for the other kinds of compressed-tensors,
+        CorruptFile for layers that are none.
         """
-        refuse_others(config.get("quantization_config", {}))
+        own = config.get("quantization_config", {})
+        refuse_others(own)
+        declared = {group["weights"].get("group_size") for group in own["config_groups"].values()}
         split = (tensor.rpartition(".") for tensor in tensors)
         names = dict.fromkeys(name for name, _, local in split if local in (CODES, SHAPE))
-        return {name: _layer_in(name, tensors, read) for name in names}
+        return {name: _layer_in(name, tensors, read, declared) for name in names}
 
     def state(self, parts: Parts, layer: Layer, method: HQQ) -> Parts:
         return {}
@@ -223,7 +226,10 @@ def _experts(plan: Plan) -> Iterator[str]:
 
 
 def _layer_in(
-    name: str, tensors: Mapping[str, TensorInfo], read: Callable[[str], bytes]
+    name: str,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], bytes],
+    declared: Set[object],
 ) -> tuple[Layer, HQQ]:
     codes, shape = (_part(name, local, tensors) for local in (CODES, SHAPE))
     scale, zero = _part(name, SCALE, tensors), tensors.get(f"{name}.{ZERO}")
@@ -247,7 +253,7 @@ def _layer_in(
         )
     if f"{name}.weight_g_idx" in tensors:
         raise _unsupported(f"weight_g_idx of {name}", "inputs in their own order")
-    size = -1 if groups == 1 else width // groups
+    size = width // groups if groups > 1 or width in declared else -1
     try:
         method = HQQ(bits, size, 1, scale.dtype, "middle" if zero is None else "integer")
     except UsageError as error:
