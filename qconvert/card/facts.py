@@ -14,7 +14,7 @@ from typing import Any
 
 from qconvert import upstream
 from qconvert.naming import COMMIT
-from qconvert.types import JSON
+from qconvert.types import JSON, Action
 
 MAX_DEPTH = 32
 LEVELS = ("contract", "numeric", "reload")
@@ -102,6 +102,20 @@ class Facts:
     def options(self) -> JSON:
         """The method's options, without its name."""
         return {key: v for key, v in self.mapping("method").items() if key != "verb"}
+
+    @property
+    def experts(self) -> list[JSON]:
+        """What became of the experts, a table for each fate; [] for a dense model."""
+        found = self.any("plan", "experts")
+        return [as_mapping(group) for group in found] if isinstance(found, list) else []
+
+    @property
+    def quantizes_experts(self) -> bool:
+        return any(group.get("action") == Action.QUANTIZE for group in self.experts)
+
+    @property
+    def keeps_experts(self) -> bool:
+        return any(group.get("action") == Action.COPY for group in self.experts)
 
     @property
     def title(self) -> str:
