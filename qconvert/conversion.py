@@ -166,8 +166,10 @@ def convert(
             poured, numeric = _pour(
                 request, planned, staged, solution, sink, found, threads, progress
             )
-        except NonFinite:
+        except NonFinite as error:
             staged.discard()  # the same plan can never succeed, and --skip makes another
+            if sink is not None:
+                error.args = ("; ".join((str(error), *sink.discard())),)
             raise
         write_side_files(planned, staged.tree)
         clock.lap("pour")

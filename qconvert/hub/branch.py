@@ -141,6 +141,10 @@ class BranchSink:
             warnings=(*done.warnings, *_delete(self.repo_id, self.branch)),
         )
 
+    def discard(self) -> tuple[str, ...]:
+        """Deletes the branch, of a plan that cannot succeed; what is left to say if that fails."""
+        return _delete(self.repo_id, self.branch)
+
     def _read_notes(self) -> None:
         tree = tree_of(self.repo_id, self.head)
         names = [
