@@ -54,6 +54,16 @@ _Level = Annotated[
     ),
 ]
 
+_Loader = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--loader",
+        help="Reload with this one, in an environment of its own; repeatable.",
+        metavar="transformers==4.57.6",
+        show_default="the installed one",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs to the application."""
@@ -73,6 +83,7 @@ def validate(
     path: _Target,
     against: _Against = None,
     level: _Level = None,
+    loader: _Loader = None,
     revision: opt.PathRevision = None,
     device: opt.Device = "auto",
     json: opt.Json = False,
@@ -81,6 +92,8 @@ def validate(
     """Prove a quantized folder or repository: contract, numeric, reload. Exits 6 if it fails.
 
     A repository is read by ranges: its headers, and with --against its weights and the source's.
+    An environment for --loader is made once, with venv and pip, and kept in ~/.cache/qconvert or
+    in the folder that QCONVERT_ENVIRONMENTS names.
     """
     from qconvert import validation as proving
     from qconvert.cli import show
@@ -93,6 +106,7 @@ def validate(
             against=against,
             revision=revision,
             levels=level or None,
+            loaders=loader or (),
             device=device,
             progress=progress,
         )

@@ -197,9 +197,10 @@ class Screen:
         colour = {None: "yellow", Verdict.FAILED: "red", Verdict.CHECKED: "yellow"}
         levels = " and ".join(report.level for report in reports if report.passed)
         word = verdict or (f"passed: {levels}, which is no verdict" if levels else "not validated")
-        by = " and ".join(filter(None, map(_requirement, reports)))
-        said = f"[bold {colour.get(verdict, 'green')}]{word}[/]" + (by and f" by {escape(by)}")
-        self._out.print(said)
+        by = " and ".join(filter(None, map(_requirement, reports))) if verdict else ""
+        self._out.print(
+            f"[bold {colour.get(verdict, 'green')}]{word}[/]" + (by and f" by {escape(by)}")
+        )
 
     def validation(self, found: Validation) -> None:
         """The outcome of `qconvert validate`."""
