@@ -42,6 +42,7 @@ from qconvert.pour import Poured, pour
 from qconvert.request import Request, Result, default_name, output_folder, worker_count
 from qconvert.solution import Solution
 from qconvert.staging import Staging
+from qconvert.text import human_bytes
 from qconvert.types import JSON, Checkpoint, Plan, Progress, Report, Verdict
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ _TRIES = 3
 """For a stream whose bytes are not those that the Hub promised: it is fetched anew."""
 _SHARDS_ON_DISK = 3
 """Of a result that goes to the Hub shard by shard: being filled, sealed and sent."""
+_MOST_WINDOW = 8 << 30
+"""Of a quantized source that is streamed: scales in memory until their codes arrive."""
 
 
 def plan(request: Request) -> Plan:
@@ -230,8 +233,8 @@ def _refuse_stream(checkpoint: Checkpoint) -> None:
     why = ""
     if not checkpoint.remote:
         why = f"--stream reads a Hub repository as it arrives; {checkpoint.name} is on this disk"
-    elif checkpoint.encoded:
-        why = f"{checkpoint.name} is quantized: codes and scales do not arrive together"
+    elif checkpoint.encoded and (window := footprint.window_bytes(checkpoint)) > _MOST_WINDOW:
+        why = f"codes and scales lie so far apart that a stream had to hold {human_bytes(window)}"
     if why:
         raise UsageError(why, hint="leave --stream out")
 
@@ -244,7 +247,7 @@ def _streamed(planned: Plan, request: Request) -> Plan:
         sizes = [shard.size for shard in planned.shards]
         windows = (sum(sizes[at : at + most]) for at in range(len(sizes) - most + 1))
         disk -= planned.weight_bytes - max(windows)
-    window = footprint.window_bytes(planned.checkpoint.tensors.values())
+    window = footprint.window_bytes(planned.checkpoint)
     return replace(planned, peak_bytes=planned.peak_bytes + window, disk_bytes=disk)
 
 
@@ -329,7 +332,7 @@ def _pour(
         return StreamReader(
             planned.checkpoint,
             files,
-            window_bytes=footprint.window_bytes(planned.checkpoint.tensors.values()),
+            window_bytes=footprint.window_bytes(planned.checkpoint),
             on_verified=lambda file, sha256: staged.record(source=file, sha256=sha256),
         )
 

@@ -56,7 +56,7 @@ def dtype_from_torch(name: object) -> str | None:
 class TensorInfo:
     """One tensor of a safetensors file; `start` and `end` are byte offsets in the *file*.
 
-    One that is decoded from others (`Checkpoint.encoded`) has the place of the largest of them.
+    One that is decoded from others (`Checkpoint.encoded`) has the place of the last of them.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Encoded(Protocol):
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
-        """What the files hold of it; the first is the largest, and says where the tensor lies."""
+        """What the files hold of it, the largest first."""
         ...
 
     def read(
@@ -160,6 +160,11 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
     encoded: Mapping[str, Encoded] = field(default_factory=dict)
     """Those of `tensors` that are computed while they are read, by name."""
+
+    def parts(self, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
+        """What the files hold of one of `tensors`."""
+        encoded = self.encoded.get(tensor.name)
+        return (tensor,) if encoded is None else encoded.parts
     proved: set[str] = field(default_factory=set, compare=False)
     """Files that a reader has hashed and found to be what the Hub promises. It holds for as long
     as they are unchanged (`FileInfo.identity`), which whoever relies on it looks at."""
