@@ -169,16 +169,20 @@ def validate(
     against: str | Path | None = None,
     revision: str | None = None,
     levels: Collection[str] | None = None,
+    loaders: Sequence[str] = (),
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Validation:
     """Proves a quantized folder or Hub repository, against its source if one is given.
 
     Writes nothing. `path` and `against` are folders or Hub ids, `revision` is the repository's.
+    `loaders` are others than the installed one ("transformers==4.57.6"), each in an environment
+    that is made for it.
     """
     return validate_folder(
-        path, against=against, revision=revision, levels=levels, device=device, progress=progress
-    )
+        path, against=against, revision=revision, levels=levels, loaders=loaders, device=device,
+        progress=progress,
+    )  # fmt: skip
 
 
 def _calibration(
