@@ -13,8 +13,8 @@ from math import hypot, sqrt
 from typing import Any
 
 from qconvert import arrays, manifest, registry
+from qconvert.decoding.scaled import Scaled
 from qconvert.errors import QConvertError
-from qconvert.lattice import lattice
 from qconvert.lazy import np
 from qconvert.planning import announced_dtype, make_plan
 from qconvert.request import Request
@@ -28,7 +28,8 @@ _WEIGHTS = 1 << 20
 """Of each, at most."""
 _ROWS = 64
 """Every container can hold a multiple of that many."""
-_GROUPS = (32, 64, 128, -1)
+_ROW = -1
+_GROUPS = (32, 64, 128, _ROW)
 """Sizes of groups that are known wherever a zero is a code."""
 
 
@@ -44,12 +45,13 @@ def request(asked: Request, checkpoint: Checkpoint) -> Request:
         verb = "int8" if bits > 4 else "nf4"
     elif to == "eetq":
         verb = to
+    elif to == "hqq":
+        verb, options = to, {"bits": bits, "group_size": group_size if group_size > 0 else None}
+    elif bits > 4 and group_size == _ROW and to in registry.info("int8").layouts:
+        verb, options = "int8", {"container": to}
     else:
-        verb, options["bits"] = "hqq", bits
-        if to != "hqq":
-            options |= {"container": to, "bits": 8 if bits > 4 else 4}
-        if to == "hqq" or group_size in _GROUPS:
-            options["group_size"] = group_size
+        verb, options = "hqq", {"container": to, "bits": 8 if bits > 4 else 4}
+        options["group_size"] = group_size if group_size in _GROUPS else None
     return replace(asked, method=verb, options={k: v for k, v in options.items() if v})
 
 
@@ -62,13 +64,12 @@ def _bits(checkpoint: Checkpoint) -> int:
     return max(sizes, key=sizes.count)
 
 
-def _group_size(checkpoint: Checkpoint) -> int | None:
-    """Of most layers of the source; -1 for whole rows, None where it has no groups."""
+def _group_size(checkpoint: Checkpoint) -> int:
+    """Of most layers of the source: _ROW for whole rows, 0 where it has no such groups."""
     sizes = []
     for name, how in checkpoint.encoded.items():
-        width = checkpoint.tensors[name].shape[-1]
-        found = lattice(how, width)
-        sizes.append(None if isinstance(found, str) else -1 if found.size == width else found.size)
+        size = how.grid.block_columns if isinstance(how, Scaled) else 0
+        sizes.append(_ROW if size == checkpoint.tensors[name].shape[-1] else size)
     return max(sizes, key=sizes.count)
 
 
