@@ -22,7 +22,7 @@ from pathlib import Path
 
 from qconvert import manifest
 from qconvert.errors import ContractViolation, Forbidden, HubError, NotFound, PushIncomplete
-from qconvert.hub import client, target
+from qconvert.hub import client, repo, target
 from qconvert.hub.commit import Commit, Outcome, commit
 from qconvert.hub.content import (
     GIT_MOST,
@@ -237,7 +237,7 @@ def _note_name(shard: str) -> str:
 
 
 def _branch_head(repo_id: str, branch: str) -> str:
-    head = target.head_of(repo_id, branch) or target.make_branch(repo_id, branch)
+    head = repo.head_of(repo_id, branch) or repo.make_branch(repo_id, branch)
     if head is None:
         raise NotFound(f"no branch {branch} in {repo_id}, though it has just been made")
     return head
@@ -246,7 +246,7 @@ def _branch_head(repo_id: str, branch: str) -> str:
 def _check_branches_allowed(repo_id: str) -> None:
     """A pull request takes no right to write, but the branch of the shards does."""
     try:
-        target.check_write(repo_id)
+        repo.check_write(repo_id)
     except Forbidden as error:
         error.hint = "--output DIR: a pull request is then made from there"
         raise

@@ -19,7 +19,7 @@ from typing import Any
 from qconvert.errors import HubError, Network, PushIncomplete, RevisionMoved
 from qconvert.hub import client, failures
 from qconvert.hub.content import Content, difference, missing
-from qconvert.hub.target import head_of
+from qconvert.hub.repo import head_of
 from qconvert.hub.tree import tree_of
 from qconvert.hub.upload import plain_errors
 from qconvert.types import RemoteFile

@@ -18,8 +18,9 @@ from qconvert.errors import ContractViolation, HubError, printable
 from qconvert.hub import client, failures
 from qconvert.hub.commit import Commit, Outcome, commit, pull_with
 from qconvert.hub.content import Content, LocalFile, missing
+from qconvert.hub.repo import MAIN
 from qconvert.hub.stale import stale
-from qconvert.hub.target import MAIN, Target, create
+from qconvert.hub.target import Target, create
 from qconvert.hub.tree import tree_of
 from qconvert.hub.upload import Meter, additions, upload
 from qconvert.naming import CARD_NAME

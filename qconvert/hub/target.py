@@ -16,13 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qconvert.errors import Forbidden, NotFound, UsageError, printable
-from qconvert.hub import client
+from qconvert.hub import client, repo
+from qconvert.hub.repo import MAIN
 from qconvert.naming import COMMIT
-from qconvert.types import JSON, Repository
-
-MAIN = "main"
-
-_GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+from qconvert.types import Repository
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +76,12 @@ def find(options: PushOptions, default_name: str, source: Repository | None) -> 
     UsageError for options that cannot be followed, NotFound, Network.
     """
     _refuse_impossible(options, source)
-    you = _whoami(options.repo_id or default_name)
+    you = repo.whoami(options.repo_id or default_name)
     repo_id = options.repo_id or default_name
     if "/" not in repo_id:
         repo_id = f"{you['name']}/{repo_id}"
-    _check_id(repo_id)
-    info = _info(repo_id)
+    repo.check_id(repo_id)
+    info = repo.info_of(repo_id)
     if info is None:
         if options.create_pr:
             raise NotFound(
@@ -117,56 +114,19 @@ def create(target: Target) -> Target:
             write=True,
         )
     if not target.create_pr:
-        check_write(repo_id)
-    info = _info(repo_id)
+        repo.check_write(repo_id)
+    info = repo.info_of(repo_id)
     if info is None:
         raise NotFound(f"no repository {repo_id} on the Hub, though it has just been created")
     if target.private and not info.private:
         raise _public(repo_id)
     made = replace(target, exists=True, private=bool(info.private))
-    main = info.sha or _first_commit(repo_id)
+    main = info.sha or repo.first_commit(repo_id)
     if target.branch == MAIN:
         return replace(made, head=main)
     return replace(
-        made, head=head_of(repo_id, target.branch) or make_branch(repo_id, target.branch)
+        made, head=repo.head_of(repo_id, target.branch) or repo.make_branch(repo_id, target.branch)
     )
-
-
-def make_branch(repo_id: str, name: str) -> str | None:
-    """Makes a branch where the main one is, unless it is there; its commit."""
-    from huggingface_hub import HfApi
-
-    client.call(
-        lambda: HfApi().create_branch(repo_id, branch=name, exist_ok=True), repo_id, write=True
-    )
-    return head_of(repo_id, name)
-
-
-def check_write(repo_id: str) -> None:
-    """Raises Forbidden unless the token may write to a repository that is there."""
-    from huggingface_hub import HfApi
-
-    try:
-        client.call(lambda: HfApi().auth_check(repo_id, write=True), repo_id, write=True)
-    except Forbidden as error:
-        error.hint = f"--create-pr, or {error.hint}"
-        raise
-
-
-def head_of(repo_id: str, revision: str = MAIN) -> str | None:
-    """The commit of a branch; None where there is no such branch, or no commit."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RevisionNotFoundError
-
-    try:
-        info = client.call(
-            lambda: HfApi().model_info(repo_id, revision=revision), repo_id, revision
-        )
-    except NotFound as error:
-        if isinstance(error.__cause__, RevisionNotFoundError):
-            return None
-        raise
-    return info.sha
 
 
 def _refuse_impossible(options: PushOptions, source: Repository | None) -> None:
@@ -194,41 +154,6 @@ def _refuse_source(repo_id: str, options: PushOptions, source: Repository | None
         )
 
 
-def _check_id(repo_id: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UsageError(
-            f"{printable(repo_id)} is no name for a repository: "
-            + printable(str(error).partition(":")[0])
-        ) from None
-
-
-def _whoami(repo_id: str) -> JSON:
-    """Who the token belongs to. The Hub counts these requests closely: one for each push."""
-    from huggingface_hub import HfApi
-
-    you: JSON = client.call(lambda: HfApi().whoami(), repo_id, write=True)
-    return you
-
-
-def _info(repo_id: str) -> Any:
-    """What the Hub says of a repository; None where there is none, or none that may be seen."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        return client.call(lambda: HfApi().model_info(repo_id), repo_id)
-    except NotFound as error:
-        cause = error.__cause__
-        if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
-            return None
-        raise
-
-
 def _existing(
     info: Any, options: PushOptions, you: Mapping[str, Any], source: Repository | None
 ) -> Target:
@@ -239,10 +164,10 @@ def _existing(
         if _role(you) == "read":
             raise _read_only(info.id)
     else:
-        check_write(info.id)
+        repo.check_write(info.id)
     head = info.sha
     if options.revision is not None and options.revision != MAIN:
-        head = head_of(info.id, options.revision)
+        head = repo.head_of(info.id, options.revision)
     return Target(
         info.id,
         exists=True,
@@ -309,16 +234,3 @@ def _warnings(target: Target, options: PushOptions, source: Repository | None) -
     if options.private is False and target.private:
         found.append(f"{target.repo_id} is private and stays so: its settings are on its page")
     return tuple(found)
-
-
-def _first_commit(repo_id: str) -> str:
-    """Makes the commit that a repository of the Hub begins with, where there is none."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    add = CommitOperationAdd(".gitattributes", _GITATTRIBUTES)
-    made = client.call(
-        lambda: HfApi().create_commit(repo_id, [add], commit_message="initial commit"),
-        repo_id,
-        write=True,
-    )
-    return made.oid
