@@ -362,15 +362,10 @@ def _prove(
         return None, ()
     from qconvert import validation
 
-    if sink is not None and numeric is not None:
-        proof = validation.validate_remote_plan(
-            sink.repo_id, sink.head, tree, planned, numeric, device=request.device,
-            progress=progress,
-        )  # fmt: skip
-    else:
-        proof = validation.validate_plan(
-            tree, planned, numeric=numeric, device=request.device, progress=progress
-        )
+    branch = (sink.repo_id, sink.head) if sink is not None else None
+    proof = validation.validate_plan(
+        tree, planned, branch=branch, numeric=numeric, device=request.device, progress=progress
+    )
     validation.require(proof.reports)
     return proof.verdict, proof.reports
 

@@ -1,7 +1,7 @@
 """The three levels of proof: contract, numeric, reload.
 
 `validate_folder` proves a folder or a Hub repository, `validate_plan` what a conversion has just
-written (`validate_remote_plan`: to a branch there), `require` turns a report that failed into its
+written, here or to a branch there, `require` turns a report that failed into its
 error. They are imported when they are asked for: the reload child lives in this package, and has to
 leave the network before anything starts a thread, numpy's among them.
 """
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         require,
         validate_folder,
         validate_plan,
-        validate_remote_plan,
         verdict,
     )
 
@@ -27,7 +26,6 @@ __all__ = [
     "require",
     "validate_folder",
     "validate_plan",
-    "validate_remote_plan",
     "verdict",
 ]
 

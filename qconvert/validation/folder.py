@@ -43,7 +43,6 @@ __all__ = [
     "require",
     "validate_folder",
     "validate_plan",
-    "validate_remote_plan",
     "verdict",
 ]
 
@@ -119,37 +118,20 @@ def validate_plan(
     tree: Path,
     plan: Plan,
     *,
+    branch: tuple[str, str] | None = None,
     numeric: Report | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Validation:
     """Proves what a conversion has written to `tree`, against its plan and its source.
 
-    `numeric` is that level's report where each tensor was compared as it was made (`streamed.py`).
+    `branch`: repository and commit where the shards lie, if they are on the Hub and only all else
+    is in `tree`. `numeric` is that level's report where each tensor was compared as it was made
+    (`streamed.py`).
     """
+    plain = plan.container.name == PLAIN.name
     try:
-        stored = open_stored(tree, plain=plan.container.name == PLAIN.name)
-    except QConvertError as error:
-        return _validation([unreadable(error)])
-    return _prove(
-        LEVELS, stored, plan.checkpoint, plan=plan, numeric=numeric, device=device,
-        progress=progress,
-    )  # fmt: skip
-
-
-def validate_remote_plan(
-    repo_id: str,
-    revision: str,
-    small: Path,
-    plan: Plan,
-    numeric: Report,
-    *,
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> Validation:
-    """The same where the shards lie on a branch at the commit `revision`, all others in `small`."""
-    try:
-        stored = _on_branch(repo_id, revision, small, plan)
+        stored = _on_branch(*branch, tree, plan) if branch else open_stored(tree, plain=plain)
     except _ALWAYS_RAISED:
         raise
     except QConvertError as error:

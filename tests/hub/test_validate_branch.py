@@ -20,16 +20,14 @@ from dataclasses import asdict
 from pathlib import Path
 from qconvert.conversion import Request, plan
 from qconvert.types import Check, Report
-from qconvert.validation import validate_plan, validate_remote_plan
+from qconvert.validation import validate_plan
 
 def job(repo_id, commit, small, passed=True, tree=None):
     planned = plan(Request("org/model", "hqq", {{"bits": 4}}, max_shard_bytes={SHARD_BYTES}))
     numeric = Report("numeric", [Check("as it was poured", passed)], {{"relative_error": 0.1}})
-    if tree:
-        return asdict(validate_plan(Path(tree), planned, numeric=numeric, device="cpu"))
-    return asdict(
-        validate_remote_plan(repo_id, commit, Path(small), planned, numeric, device="cpu")
-    )
+    here, branch = (tree, None) if tree else (small, (repo_id, commit))
+    found = validate_plan(Path(here), planned, branch=branch, numeric=numeric, device="cpu")
+    return asdict(found)
 """
 
 
