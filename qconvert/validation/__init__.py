@@ -1,9 +1,9 @@
 """The three levels of proof: contract, numeric, reload.
 
 `validate_folder` proves a folder or a Hub repository, `validate_plan` what a conversion has just
-written, here or to a branch there, `require` turns a report that failed into its
-error. They are imported when they are asked for: the reload child lives in this package, and has to
-leave the network before anything starts a thread, numpy's among them.
+written, here or to a branch there, `require` turns a report that failed into its error. They are
+imported when they are asked for: the reload child lives in this package, and has to leave the
+network before anything starts a thread, numpy's among them.
 """
 
 from __future__ import annotations
