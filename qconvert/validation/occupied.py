@@ -31,6 +31,7 @@ class Meter:
         if not self._cuda:
             return _reached(model)
         torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()  # an earlier model's, 32 MiB on Hopper
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return int(torch.cuda.memory_allocated())
