@@ -80,7 +80,10 @@ def plan(request: Request) -> Plan:
             hint="leave --stream out",
         )
     if method is registry.TRANSCODE:
-        return transcoding.plan(request)
+        planned = transcoding.plan(request)
+        if request.stream:
+            _refuse_stream(planned.checkpoint)
+        return _streamed(planned, request) if request.stream else planned
     anew = method is not registry.DEQUANTIZE
     checkpoint = open_source(request.model, revision=request.revision, anew=anew)
     if request.stream:

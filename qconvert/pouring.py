@@ -24,7 +24,7 @@ from qconvert.staging import Staging, output_errors
 from qconvert.tiles import global_name, tiles_of
 from qconvert.types import ITEMSIZE, JSON, Array, Parts, Plan, PlanEntry, Tile
 
-Prove = Callable[[PlanEntry, Reader, Reader], JSON]
+Prove = Callable[[PlanEntry, Closeable, Reader], JSON]
 """Compares a tensor's source (the first reader's) with what was written (the second's, by the
 plan's output names) while the source is at hand; the journal keeps what it returns."""
 

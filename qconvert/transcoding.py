@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,9 @@ from qconvert.planning import announced_dtype, make_plan, with_calibration
 from qconvert.request import Request, worker_count
 from qconvert.safepath import read_bytes
 from qconvert.source import SourceReader, open_checkpoint
-from qconvert.types import TORCH_NAMES, Action, Checkpoint, Container, Plan
+from qconvert.types import TORCH_NAMES, Action, Array, Checkpoint, Container, Plan
+
+_READERS = 8
 
 
 class _Obstacle(Exception):
@@ -67,11 +70,6 @@ def plan(request: Request) -> Plan:
     Reads headers, config, and up to 65,536 zeros of each layer. Raises UsageError for formats that
     do not hold the same numbers, with the error of requantizing.
     """
-    if request.stream:
-        raise UsageError(
-            "codes and scales do not arrive together: a transcoding cannot be streamed",
-            hint="leave --stream out",
-        )
     checkpoint = _opened(request)
     source_format, to = _ends(checkpoint, request)
     try:
@@ -111,11 +109,7 @@ def _lossless(checkpoint: Checkpoint, request: Request, source_format: str) -> P
     """The plan; raises _Obstacle."""
     to = request.options["to"]
     lattices = _lattices(checkpoint)
-    with SourceReader(checkpoint) as reader:
-        zeros = {
-            name: found.zeros(reader.read_stored, checkpoint.tensors[name].numel)
-            for name, found in lattices.items()
-        }
+    zeros = _zeros(checkpoint, lattices)
     symmetric = all((zeros[name] == found.middle).all() for name, found in lattices.items())
     methods, container = _methods(checkpoint, lattices, to, symmetric=symmetric)
     for name, found in lattices.items():
@@ -147,6 +141,16 @@ def _lattices(checkpoint: Checkpoint) -> dict[str, Lattice]:
             raise _Obstacle(f"{name}: {one}")
         found[name] = one
     return found
+
+
+def _zeros(checkpoint: Checkpoint, lattices: Mapping[str, Lattice]) -> dict[str, Array]:
+    """The first zeros of every layer; on the Hub, several are asked for at a time."""
+    with SourceReader(checkpoint) as reader, ThreadPoolExecutor(_READERS, "zeros") as pool:
+        found = pool.map(
+            lambda name: lattices[name].zeros(reader.read_stored, checkpoint.tensors[name].numel),
+            lattices,
+        )
+        return dict(zip(lattices, found, strict=True))
 
 
 def _methods(

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from qconvert import modelconfig
-from qconvert.source import Reader
+from qconvert.decoding.exact import exact
+from qconvert.source import Closeable, Reader, span
 from qconvert.stored import LayerReader, Stored
-from qconvert.types import JSON, Checkpoint, FileInfo, Plan, PlanEntry, Report, TensorInfo
+from qconvert.types import JSON, Array, Checkpoint, FileInfo, Plan, PlanEntry, Report, TensorInfo
 from qconvert.validation import pairs
 from qconvert.validation.bands import Compared, failing, numeric_report
 from qconvert.validation.comparison import Errors
@@ -78,8 +79,9 @@ class StreamProof:
     def __init__(self, plan: Plan) -> None:
         self._stored = planned(plan)
         self._tuned = tuned_names(self._stored, plan)
+        self._exact = exact(plan.checkpoint) if plan.codes else None
 
-    def tensor(self, entry: PlanEntry, source: Reader, result: Reader) -> JSON:
+    def tensor(self, entry: PlanEntry, source: Closeable, result: Reader) -> JSON:
         """Compares one tensor, whose output is all written; its figures, as `report` takes them.
 
         `source` reads the source, `result` the output by the names, files and offsets of the plan.
@@ -88,6 +90,10 @@ class StreamProof:
         original = entry.tensor
         if entry.layer is not None:
             layer = LayerReader(self._stored, entry.layer.name, result)
+            if self._exact is not None:
+                exactly = _Exact(self._exact, source)
+                original = self._exact.tensors[original.name]
+                return _as_json(pairs.layer_errors(layer, original, exactly))
             return _as_json(pairs.layer_errors(layer, original, source))
         copy = self._stored.copies[original.name]
         if original.name in self._tuned:
@@ -121,7 +127,33 @@ class StreamProof:
         if unproved:
             return failing(_COMPARED, [f"no figures of tensor {name}" for name in unproved])
         changes = dict(sorted(changes.items()))
-        return numeric_report(self._stored, Compared(layers, copies, changes), source_sha256)
+        compared = Compared(layers, copies, changes)
+        transcoded = self._exact is not None
+        return numeric_report(self._stored, compared, source_sha256, transcoded=transcoded)
+
+
+@dataclass(frozen=True, slots=True)
+class _Exact:
+    """A reader of a quantized source, decoded as `checkpoint` says."""
+
+    checkpoint: Checkpoint
+    reader: Closeable
+
+    def read(
+        self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
+    ) -> None:
+        how = self.checkpoint.encoded.get(tensor.name)
+        if how is None:
+            self.reader.read(tensor, start_element, stop_element, out)
+        elif start_element < stop_element:
+            _, view = span(tensor, start_element, stop_element, out)
+            how.read(self.reader.read_stored, start_element, stop_element, view)
+
+    def check(self, file: str) -> None:
+        self.reader.check(file)
+
+    def release(self, tensor: TensorInfo) -> None:
+        self.reader.release(tensor)
 
 
 def _as_json(figures: Errors | Change | _Copied) -> JSON:
