@@ -12,6 +12,7 @@ Routers always stay: they decide which experts run, and weigh nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -206,17 +207,17 @@ def _group(
     structure: Structure, module: str, action: Action, reason: str, alike: list[PlanEntry]
 ) -> Group:
     tensors = [entry.tensor for entry in alike]
-    names = tuple(dict.fromkeys(generalize(tensor.name) for tensor in tensors))
-    layers = len({structure.roles[tensor.name].module for tensor in tensors})
+    alike_in = Counter((structure.roles[it.name].module, generalize(it.name)) for it in tensors)
+    names = tuple(dict.fromkeys(name for _, name in alike_in))
+    layers = len({module for module, _ in alike_in})
     fused = structure.roles[tensors[0].name].kind is Kind.EXPERTS
-    each, rest = divmod(len(tensors), layers * len(names))
-    if fused:
-        each = tensors[0].shape[0] if tensors[0].shape else 0
+    regular = len(alike_in) == layers * len(names) and len(set(alike_in.values())) == 1
+    each = tensors[0].shape[0] if fused else alike_in.most_common(1)[0][1]
     return Group(
         module=module,
         names=names,
         layers=layers,
-        experts=0 if rest else each,
+        experts=each if regular else 0,
         fused=fused,
         tensors=len(tensors),
         shape=tensors[0].shape,

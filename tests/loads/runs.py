@@ -15,7 +15,8 @@ from qconvert.conversion import Request, convert
 from qconvert.types import Plan
 from qconvert.validation import isolation
 from tests.aqlm_cases import write_aqlm
-from tests.models import tiny
+from tests.models import MODELS, save, tiny
+from tests.tiny_models import TINY
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -37,6 +38,7 @@ class Case:
     dtype: str = "bfloat16"
     overrides: tuple[str, ...] = ()
     skip: str | None = None
+    experts: str = "keep"
     max_shard_bytes: int = 10**9
     layers: int | None = None
     """How many are quantized, where not all are that could be."""
@@ -48,7 +50,8 @@ def make_all(cases: dict[str, Case], root: Path) -> dict[str, tuple[Path, Plan]]
     for name, case in cases.items():
         source = root / "source" / case.dtype / case.model
         if not source.exists():
-            as_published(tiny(case.model, source.parent, dtype=case.dtype))
+            save_source(case.model, source, case.dtype)
+            as_published(source)
         if case.method == "aqlm":  # loaders do not care how codes were chosen
             plan = write_aqlm(
                 source, root / name, case.options,
@@ -64,6 +67,7 @@ def make_all(cases: dict[str, Case], root: Path) -> dict[str, tuple[Path, Plan]]
                 output=root / name,
                 overrides=case.overrides,
                 skip=case.skip,
+                experts=case.experts,
                 max_shard_bytes=case.max_shard_bytes,
                 validate=False,
                 device="cpu",
@@ -72,6 +76,14 @@ def make_all(cases: dict[str, Case], root: Path) -> dict[str, tuple[Path, Plan]]
         )
         made[name] = (result.folder, result.plan)
     return made
+
+
+def save_source(model: str, folder: Path, dtype: str) -> None:
+    """Saves a model of tests.models, or else of tests.tiny_models."""
+    if model in MODELS:
+        tiny(model, folder.parent, dtype=dtype)
+    else:
+        save(TINY[model].architecture, TINY[model].sizes, folder, dtype=dtype)
 
 
 def as_published(folder: Path) -> None:
@@ -93,7 +105,11 @@ def as_published(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] == "qwen3_moe":
         config["num_experts"] = config.pop("num_local_experts")
-        (folder / "config.json").write_text(json.dumps(config))
+    if rope := config.pop("rope_parameters", None):
+        config["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def tokens() -> list[list[int]]:
