@@ -60,7 +60,7 @@ def check_reload(
 
     `source` is the checkpoint it was made from; without it there is no perplexity or KL
     divergence to compare, only the loader against our own dequantization. `device` is "auto"
-    (a GPU where there is one), "cpu" or "cuda". `text` is what perplexity is taken on, the
+    (a GPU where there is one), "cpu", "cuda" or "cuda:1". `text` is what perplexity is taken on, the
     demo's held-out text by default; at most `max_tokens` of it. `timeout` is in seconds.
     `environment` is where the loader is, if it is another than the one that is installed here.
 
@@ -74,6 +74,7 @@ def check_reload(
     """
     if refusal := contract.load(stored.container.name).no_reload:
         return Report(RELOAD, [], skipped=refusal)
+    device, variables = _alone(device)
     request: JSON = {
         "device": device,
         "text": str(text or HELD_OUT),
@@ -90,8 +91,9 @@ def check_reload(
             request["source"] = source and _place(source, scratch / "source", blocks, progress)
         except ValueError as reason:
             return Report(RELOAD, [], skipped=f"{why}, and {reason}")
-        serial = isolation.SERIAL if stored.container.name == "aqlm" else {}
-        report = _run(request, serial, scratch, timeout, progress)
+        if stored.container.name == "aqlm":
+            variables |= isolation.SERIAL
+        report = _run(request, variables, scratch, timeout, progress)
     if blocks is not None and not report.skipped:
         report.data["truncated"] = f"first {blocks} blocks: {why}"
         for figure in ("loaded_bytes", "peak_bytes"):
@@ -99,6 +101,16 @@ def check_reload(
     if environment is not None:
         report.data["requirement"] = environment.spec.text
     return report
+
+
+def _alone(device: str) -> tuple[str, dict[str, str]]:
+    """The device as the child calls it, and the variables by which it sees no other GPU."""
+    kind, _, index = device.partition(":")
+    if not index:
+        return device, {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    name = visible.split(",")[int(index)] if visible else index
+    return kind, {"CUDA_VISIBLE_DEVICES": name}
 
 
 def _extent(stored: Stored, source: Checkpoint | None) -> tuple[int | None, str]:

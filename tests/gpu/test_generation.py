@@ -51,7 +51,7 @@ def test_the_same_bytes_as_on_the_cpu(name: str, tmp_path: Path) -> None:
     assert hashes[0] == hashes[1]
 
 
-@pytest.mark.parametrize("device", ["cuda", "auto"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "auto"])
 def test_a_finished_folder_is_validated_on_the_gpu(device: str, tmp_path: Path) -> None:
     model = steps.source("wide", tmp_path)
     steps.converted(model, steps.FORMATS["nf4"], tmp_path / "out", "cpu")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qconvert.validation import reload
 from tests.gpu import steps
 
 
@@ -25,6 +26,22 @@ def test_the_steps_of_every_format_on_the_cpu(name: str, tmp_path: Path) -> None
     result = steps.converted(model, steps.FORMATS[name], tmp_path / "out", "cpu")
     steps.assert_proved(result, "cpu")
     steps.assert_like_the_cpu(tmp_path / "out", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [
+        ("cuda", "", ("cuda", {})),
+        ("cpu", "3", ("cpu", {})),
+        ("cuda:1", "", ("cuda", {"CUDA_VISIBLE_DEVICES": "1"})),
+        ("cuda:1", "2,GPU-5a", ("cuda", {"CUDA_VISIBLE_DEVICES": "GPU-5a"})),
+    ],
+)
+def test_the_reload_child_sees_the_gpu_that_was_meant(
+    device: str, visible: str, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert reload._alone(device) == expected
 
 
 def test_without_a_gpu_nothing_is_claimed() -> None:
