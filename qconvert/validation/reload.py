@@ -60,8 +60,8 @@ def check_reload(
 
     `source` is the checkpoint it was made from; without it there is no perplexity or KL
     divergence to compare, only the loader against our own dequantization. `device` is "auto"
-    (a GPU where there is one), "cpu", "cuda" or "cuda:1". `text` is what perplexity is taken on, the
-    demo's held-out text by default; at most `max_tokens` of it. `timeout` is in seconds.
+    (a GPU where there is one), "cpu", "cuda" or "cuda:1". `text` is what perplexity is taken on,
+    the demo's held-out text by default; at most `max_tokens` of it. `timeout` is in seconds.
     `environment` is where the loader is, if it is another than the one that is installed here.
 
     Report.data: loader, device, device_name, dtype, tokens, loaded_bytes (of the stock loader's
