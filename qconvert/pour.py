@@ -167,7 +167,8 @@ class _Run:
 
 def _outcome(pouring: Pouring) -> Poured | NonFinite:
     if pouring.failed:
-        return unquantizable([(job.entry, job.non_finite) for job in pouring.failed])
+        hint = "" if any(pouring.plan.quantized()) else "--dtype float32"
+        return unquantizable([(job.entry, job.non_finite) for job in pouring.failed], hint)
     return Poured(pouring.outputs.sealed, pouring.resumed_bytes)
 
 
