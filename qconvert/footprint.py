@@ -8,7 +8,7 @@ solved; while it pours, the block is gone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -17,7 +17,7 @@ from qconvert import modelconfig
 from qconvert.blocks import Blocks, block_of
 from qconvert.hub.window import held_bytes
 from qconvert.tiles import TILE_ELEMENTS
-from qconvert.types import ITEMSIZE, JSON, Action, Checkpoint, PlanEntry, Structure
+from qconvert.types import ITEMSIZE, JSON, Action, Checkpoint, Encoded, PlanEntry, Structure
 
 SMALL_FILES_BYTES = 4_000_000
 """Card, report, manifest, journal, run log: bounded, not predicted."""
@@ -92,18 +92,24 @@ def window_bytes(checkpoint: Checkpoint) -> int:
     return _STREAM_BYTES + held_bytes(checkpoint, list(checkpoint.files))
 
 
-def peak_bytes(entries: Sequence[PlanEntry], threads: int, need: Calibrating | None = None) -> int:
+def peak_bytes(
+    entries: Sequence[PlanEntry],
+    threads: int,
+    need: Calibrating | None = None,
+    encoded: Iterable[Encoded] = (),
+) -> int:
     """Upper bound of the resident memory of a conversion, start to end, validation excluded.
 
-    A worker holds one tile. What a format keeps over a whole tensor (absmax of double
-    quantization, before it is quantized itself) is float32 for every block and is held twice
-    more while it is packed.
+    A worker holds one tile, and what it keeps of a tensor of the source that is `encoded`. What a
+    format keeps over a whole tensor (absmax of double quantization, before it is quantized itself)
+    is float32 for every block and is held twice more while it is packed.
     """
     tile = max([TILE_ELEMENTS, *(e.layer.in_features for e in entries if e.layer is not None)])
     kept = max(
         (12 * e.tensor.numel // getattr(e.method, "blocksize", 64) for e in entries if e.layer),
         default=0,
     )
+    kept += max((how.kept_bytes for how in encoded), default=0)
     headers = 2_000 * len(entries)
     pouring = threads * (tile * _TILE_BYTES_PER_ELEMENT + kept)
     if need is None:

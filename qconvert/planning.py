@@ -199,7 +199,7 @@ def with_calibration(plan: Plan, calibration: JSON, *, threads: int = 1) -> Plan
         disk += working_bytes(plan.entries, need, plan.dtype)
     return replace(
         plan,
-        peak_bytes=peak_bytes(plan.entries, threads, need),
+        peak_bytes=peak_bytes(plan.entries, threads, need, plan.checkpoint.encoded.values()),
         disk_bytes=disk,
         fingerprint=_fingerprint(plan),
     )

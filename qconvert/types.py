@@ -128,6 +128,11 @@ class Encoded(Protocol):
         """What the files hold of it, the largest first."""
         ...
 
+    @property
+    def kept_bytes(self) -> int:
+        """What a thread that reads a few of its elements holds beside them, and keeps."""
+        ...
+
     def read(
         self, read_stored: ReadStored, start_element: int, stop_element: int, out: memoryview
     ) -> None:

@@ -9,16 +9,18 @@ from typing import Any
 from rich.markup import escape
 
 from qconvert.cli.show import console, print_json, table
-from qconvert.errors import printable
-from qconvert.stored import Stored, open_target
+from qconvert.decoding import decoded
+from qconvert.errors import CorruptFile, QConvertError, UnsupportedConfig, printable
+from qconvert.source import open_checkpoint
+from qconvert.stored import Stored, open_target, split_revision
 from qconvert.text import human_bytes
-from qconvert.types import JSON
+from qconvert.types import JSON, Checkpoint
 
 FULL = "full precision"
 
 
 def show(path: str, revision: str | None = None, *, json: bool) -> None:
-    data = describe(open_target(path, revision))
+    data = _look(path, revision)
     if json:
         print_json(data)
         return
@@ -43,6 +45,34 @@ def show(path: str, revision: str | None = None, *, json: bool) -> None:
     out.print(rows)
 
 
+def _look(path: str, revision: str | None) -> JSON:
+    """What is there: a format of formats/, or one that can only be decoded."""
+    try:
+        return describe(open_target(path, revision))
+    except (CorruptFile, UnsupportedConfig) as error:
+        name, named = split_revision(path)
+        try:
+            found = open_checkpoint(name, revision=revision or named, quantized=True)
+            return describe_source(found, decoded(found))
+        except QConvertError as other:
+            raise (other if isinstance(error, UnsupportedConfig) else error) from None
+
+
+def describe_source(stored: Checkpoint, source: Checkpoint) -> JSON:
+    """The same of a checkpoint that others quantized, as it lies there and as it is decoded."""
+    method = stored.config["quantization_config"]["quant_method"]
+    modules: JSON = {}
+    for name, info in source.tensors.items():
+        parts = source.parts(info)
+        if name in source.encoded:
+            options = {"stored": parts[0].dtype, "decoded": info.dtype}
+            size = sum(part.nbytes for part in parts)
+            modules[name.removesuffix(".weight")] = _module(method, options, size, info.numel)
+        else:
+            modules[name] = _module(FULL, {"dtype": info.dtype}, info.nbytes, info.numel)
+    return _about(stored, method, None, modules)
+
+
 def describe(stored: Stored) -> JSON:
     """Everything that headers, config and manifest say about a quantized checkpoint."""
     modules: JSON = {}
@@ -51,17 +81,21 @@ def describe(stored: Stored) -> JSON:
         modules[name] = _module(method.name, method.options(), size, layer.tensor.numel)
     for name, info in stored.copies.items():
         modules[name] = _module(FULL, {"dtype": info.dtype}, info.nbytes, info.numel)
+    return _about(stored.checkpoint, stored.container.name, stored.manifest, modules)
+
+
+def _about(checkpoint: Checkpoint, format_: str, manifest: JSON | None, modules: JSON) -> JSON:
     size = sum(module["bytes"] for module in modules.values())
     weights = sum(module["weights"] for module in modules.values())
-    manifest = stored.manifest or {}
+    manifest = manifest or {}
     source = manifest.get("source", {})
     versions = manifest.get("versions", {})
-    repository = stored.checkpoint.repository
+    repository = checkpoint.repository
     return {
-        "folder": None if stored.checkpoint.remote else str(stored.root),
+        "folder": None if checkpoint.remote else str(checkpoint.root),
         "repository": repository.id if repository else None,
         "commit": repository.commit if repository else None,
-        "format": stored.container.name,
+        "format": format_,
         "source": source.get("repo_id") or source.get("name"),
         "revision": source.get("revision"),
         "verdict": _verdict(manifest),

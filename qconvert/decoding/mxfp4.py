@@ -59,6 +59,10 @@ class MXFP4:
     shape: tuple[int, int, int]
     dtype: str
 
+    @property
+    def kept_bytes(self) -> int:
+        return parts.KEPT_BYTES + sum(part.nbytes for part in self.parts) // self.shape[0]
+
     def read(
         self, read_stored: ReadStored, start_element: int, stop_element: int, out: memoryview
     ) -> None:

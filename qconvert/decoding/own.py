@@ -262,6 +262,10 @@ class Additive:
     def dtype(self) -> str:
         return self.method.compute_dtype
 
+    @property
+    def kept_bytes(self) -> int:
+        return parts.KEPT_BYTES + 3 * self.codebooks.nbytes  # and in float32 while they are read
+
     def read(
         self, read_stored: ReadStored, start_element: int, stop_element: int, out: memoryview
     ) -> None:
@@ -305,6 +309,10 @@ class Transposed:
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
         return self.inner.parts
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.inner.kept_bytes + 12 * self.rows * self.columns
 
     def read(
         self, read_stored: ReadStored, start_element: int, stop_element: int, out: memoryview

@@ -85,6 +85,10 @@ class Scaled:
     factor: float | None = None
     """Of all weights; the product is multiplied with it in float32."""
 
+    @property
+    def kept_bytes(self) -> int:
+        return parts.KEPT_BYTES
+
     def read(
         self, read_stored: ReadStored, start_element: int, stop_element: int, out: memoryview
     ) -> None:

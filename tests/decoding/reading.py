@@ -82,3 +82,19 @@ def fp8_blocks(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tens
     scale = (cut.abs().amax((-3, -1)) / 448).clamp(min=1e-12)
     codes = (cut / scale[..., :, None, :, None]).reshape(padded.shape)[..., :rows, :columns]
     return codes.to(torch.float8_e4m3fn), scale
+
+
+def scatter(folder: Path, tensors: dict[str, torch.Tensor], files: int, seed: int) -> None:
+    """Writes tensors to a folder in so many files, each of them wherever chance puts it."""
+    draw = random.Random(seed)
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    names = [f"model-{number:05}-of-{files:05}.safetensors" for number in range(1, files + 1)]
+    ordered = sorted(tensors, key=lambda _: draw.random())
+    weight_map = {t: names[i] if i < files else draw.choice(names) for i, t in enumerate(ordered)}
+    for name in names:
+        held = {t: tensors[t].contiguous() for t in ordered if weight_map[t] == name}
+        save_file(held, folder / name, metadata={"format": "pt"})
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))

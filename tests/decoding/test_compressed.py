@@ -11,7 +11,6 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
 
-from qconvert.errors import CorruptFile, UnsupportedConfig, UsageError
 from tests.decoding.reading import same, weights, with_quantization
 from tests.models import tiny
 
