@@ -63,6 +63,7 @@ def make_manifest(
             "private": repository.private if repository else None,
             "gated": repository.gated if repository else None,
             "card": upstream.read(checkpoint.root),
+            **({"decoded_from": checkpoint.decoded_from} if checkpoint.encoded else {}),
             "bytes": sum(file.size for file in checkpoint.files.values()),
             "files": {
                 name: {

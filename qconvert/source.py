@@ -106,6 +106,7 @@ def localize(checkpoint: Checkpoint, progress: Progress | None = None) -> Checkp
         config=checkpoint.config,
         tensors=checkpoint.tensors,
         encoded=checkpoint.encoded,
+        decoded_from=checkpoint.decoded_from,
         warnings=checkpoint.warnings,
     )
 

@@ -165,11 +165,14 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
     encoded: Mapping[str, Encoded] = field(default_factory=dict)
     """Those of `tensors` that are computed while they are read, by name."""
+    decoded_from: str = ""
+    """What the files hold of those, in words: "FP8 in blocks of 128×128"."""
 
     def parts(self, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
         """What the files hold of one of `tensors`."""
         encoded = self.encoded.get(tensor.name)
         return (tensor,) if encoded is None else encoded.parts
+
     proved: set[str] = field(default_factory=set, compare=False)
     """Files that a reader has hashed and found to be what the Hub promises. It holds for as long
     as they are unchanged (`FileInfo.identity`), which whoever relies on it looks at."""

@@ -57,7 +57,8 @@ NUMERIC = ("validation", "reports", "1", "data")
 IN_BODY: dict[str, Put] = {
     "/".join(path): at(*path)
     for path in (
-        ("source", "asked"), ("command",), ("plan", "layers", "*"), ("plan", "kept", "*"),
+        ("source", "asked"), ("source", "decoded_from"), ("command",), ("plan", "layers", "*"),
+        ("plan", "kept", "*"),
         ("plan", "kept", "model.norm.weight"), (*RELOAD, "data", "loader"),
         (*RELOAD, "data", "device"), (*RELOAD, "data", "device_name"), (*RELOAD, "data", "dtype"),
         (*RELOAD, "data", "samples", "prompt"), (*RELOAD, "data", "samples", "source"),

@@ -59,6 +59,11 @@ def _origin(facts: Facts) -> str:
     else:
         source = f"a local folder, {code(facts.source_name)}"
     lines = [f"- source: {source}"]
+    if stored := facts.text("source", "decoded_from"):
+        lines.append(
+            f"- the source is quantized itself, {code(stored)}: its weights are those that its own "
+            "loader decodes"
+        )
     if facts.any("source", "gated") is True:
         lines.append("- the source is gated: who uses this is asked to accept its terms there")
     if stated := facts.stated:

@@ -73,6 +73,7 @@ def full_precision(checkpoint: Checkpoint, found: Found, warning: str) -> Checkp
         tensors={tensor.name: tensor for tensor in tensors},
         warnings=(*checkpoint.warnings, warning),
         encoded={name: how for name, (_, _, how) in found.encoded.items()},
+        decoded_from=found.what,
     )
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from qconvert.cli import app
 from qconvert.conversion import Request, convert, plan
 from qconvert.errors import UsageError
+from qconvert.staging import MANIFEST_NAME
 from tests import aqlm_runs
 from tests.decoding.reading import scatter, weights, with_quantization
 from tests.decoding.test_fp8 import quantize
@@ -43,6 +44,12 @@ def made(folder: Path, method: str, **options: Any) -> dict[str, dict[str, Any]]
     return load_file(out / "model.safetensors")
 
 
+def said(folder: Path) -> tuple[str | None, str]:
+    """What a result's manifest says of its source, and the result's card."""
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    return manifest["source"].get("decoded_from"), (folder / "README.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In FP8, its tensors in three files, in no order."""
@@ -57,6 +64,10 @@ def test_a_twin_gives_the_same(fp8: Path, tmp_path: Path, method: str, options: 
     ours, theirs = made(folder, method, **options), made(twin(folder), method, **options)
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in theirs)
+    stored, card = said(folder.with_name(f"model-{method}"))
+    assert stored == "FP8 in blocks of 16×48"
+    assert stored in card
+    assert said(folder.with_name(f"model-decoded-{method}"))[0] is None
 
 
 def test_a_calibrated_method_reads_it_too(tmp_path: Path) -> None:
