@@ -268,9 +268,7 @@ def _specs(container: Container, layer: Layer, method: Method) -> tuple[TensorSp
     return tuple(replace(spec, name=f"{layer.name}.{spec.name}") for spec in local)
 
 
-def container_of(
-    config: JSON, manifest: JSON | None = None, *, plain: bool = False
-) -> Container:
+def container_of(config: JSON, manifest: JSON | None = None, *, plain: bool = False) -> Container:
     """That of a config.json's quantization_config; raises UsageError and UnsupportedConfig.
 
     Where there is none: that of a dequantized checkpoint, if the manifest or `plain` says so.
