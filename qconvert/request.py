@@ -90,6 +90,27 @@ class Request:
         """`overrides`, parsed; raises UsageError."""
         return [_override(text) for text in self.overrides]
 
+    def check(self) -> None:
+        """Raises UsageError for what no source could make right; opens none."""
+        method = registry.info(self.method)
+        self.skip_pattern()
+        for override in self.parsed_overrides():
+            method.refuse_unknown(override.options)
+        if self.calibration is not None and not method.calibrated:
+            raise UsageError(
+                f"{self.method} reads no data: it takes no calibration options",
+                hint=f"qconvert {self.method} --help",
+            )
+        if self.stream and method.calibrated:
+            raise UsageError(
+                f"{self.method} reads every block several times: it cannot be streamed",
+                hint="leave --stream out",
+            )
+        if self.push is not None and not self.validate and not self.push.unverified:
+            raise UsageError(
+                "a result that is not validated is not pushed", hint="--push-unverified"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
