@@ -71,6 +71,14 @@ class MethodInfo:
             given.setdefault(name, dtype)
         return make(**layout.fixed, **given), layout.load_container()
 
+    def annotation(self, option: str) -> str:
+        """The type of an option as the method's code names it ("int | None"); "" if it does not."""
+        for layout in self.layouts.values():
+            parameter = inspect.signature(_load(layout.method)).parameters.get(option)
+            if parameter is not None and parameter.annotation is not inspect.Parameter.empty:
+                return inspect.formatannotation(parameter.annotation).strip("'")
+        return ""
+
     def unusual(self, container: str) -> str | None:
         """The container's name unless it is the default one."""
         return None if container == next(iter(self.layouts)) else container
@@ -191,6 +199,14 @@ DEQUANTIZE = MethodInfo(
     options={"dtype": "bfloat16, float16 or float32 (default: what config.json announces)"},
 )
 """A verb like the methods', but none: it ends where they begin."""
+
+
+def names() -> list[str]:
+    """The names of all methods, those of entry points last."""
+    from importlib.metadata import entry_points
+
+    added = sorted(entry_point.name for entry_point in entry_points(group=GROUP))
+    return [*(method.verb for method in METHODS), *added]
 
 
 def info(verb: str) -> MethodInfo:
