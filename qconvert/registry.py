@@ -12,6 +12,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from qconvert.errors import UsageError, printable
@@ -201,12 +202,13 @@ DEQUANTIZE = MethodInfo(
 """A verb like the methods', but none: it ends where they begin."""
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """The names of all methods, those of entry points last."""
     from importlib.metadata import entry_points
 
     added = sorted(entry_point.name for entry_point in entry_points(group=GROUP))
-    return [*(method.verb for method in METHODS), *added]
+    return (*(method.verb for method in METHODS), *added)
 
 
 def info(verb: str) -> MethodInfo:
