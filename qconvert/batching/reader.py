@@ -111,7 +111,8 @@ class Reader:
 
     def ignored(self) -> tuple[tuple[str, int], ...]:
         """Keys of defaults and models that no job takes."""
-        return tuple(where for where, taken in self._soft.items() if not taken)
+        idle = (where for where, taken in self._soft.items() if not taken)
+        return tuple(sorted(idle, key=lambda where: where[1]))
 
     # ── entries ──────────────────────────────────────────────────────────────────────────────
 

@@ -28,7 +28,7 @@ from qconvert.errors import CorruptFile, NotFound, printable
 from qconvert.safepath import open_regular
 
 MAX_BYTES = 1_000_000
-LIMITS = strictyaml.Limits(MAX_BYTES, 100_000, 8)
+LIMITS = strictyaml.Limits(MAX_BYTES, 50_000, 8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ class Said(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a value has to be; `accept` returns it as it is used, or raises ValueError or UsageError."""
+    """What a value has to be; `accept` gives it as it is used, or raises ValueError, UsageError."""
 
     expected: str
     accept: Callable[[Any], Any]
