@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         plan,
         push,
         reproduce,
+        transcode,
         validate,
     )
 
@@ -45,6 +46,7 @@ __all__ = [
     "plan",
     "push",
     "reproduce",
+    "transcode",
     "validate",
 ]
 

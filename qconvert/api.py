@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from qconvert import conversion, registry
+from qconvert import conversion, registry, transcoding
 from qconvert.calibration.options import CalibrationOptions
 from qconvert.calibration.report import OnEvent
 from qconvert.decoding import open_source as open_checkpoint
@@ -26,7 +26,8 @@ from qconvert.validation.folder import Validation, validate_folder
 
 __all__ = [
     "Plan", "PushOptions", "Pushed", "Reproduction", "Result", "Validation", "convert",
-    "dequantize", "open_checkpoint", "plan", "push", "reproduce", "validate",
+    "dequantize", "open_checkpoint", "plan", "push", "reproduce", "transcode",
+    "validate",
 ]  # fmt: skip
 
 
@@ -134,8 +135,32 @@ def dequantize(path: str | Path, *, dtype: str | None = None, **more: Any) -> Re
     are what the format's own loader makes of them. `more` is what `convert` takes: `output`,
     `revision`, `push`, ….
     """
-    options = {} if dtype is None else {"dtype": dtype_from_torch(dtype) or dtype}
-    return convert(path, registry.DEQUANTIZE.verb, **options, **more)
+    if dtype is not None:
+        more["dtype"] = dtype_from_torch(dtype) or dtype
+    return convert(path, registry.DEQUANTIZE.verb, **more)
+
+
+def transcode(
+    path: str | Path,
+    to: str,
+    *,
+    requantize: bool = False,
+    bits: int | None = None,
+    group_size: int | None = None,
+    **more: Any,
+) -> Result:
+    """Stores a quantized checkpoint in another format, with the same codes, scales and zeros.
+
+    `to` is "compressed-tensors", "hqq", "eetq" or "bitsandbytes". Raises UsageError where the two
+    do not hold the same numbers, naming the error that quantizing once more would add;
+    `requantize` takes that, to as many `bits` in groups of as many weights as the source has unless
+    said otherwise. `more` is what `convert` takes: `output`, `revision`, `push`, ….
+    """
+    options = {"to": to, "requantize": requantize, "bits": bits, "group_size": group_size}
+    revision = more.get("revision")
+    asked = Request(str(path), registry.TRANSCODE.verb, options, revision=revision)
+    found = transcoding.resolved(asked)
+    return convert(path, found.method, **found.options, **more)
 
 
 def validate(
@@ -144,16 +169,20 @@ def validate(
     against: str | Path | None = None,
     revision: str | None = None,
     levels: Collection[str] | None = None,
+    loaders: Sequence[str] = (),
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Validation:
     """Proves a quantized folder or Hub repository, against its source if one is given.
 
     Writes nothing. `path` and `against` are folders or Hub ids, `revision` is the repository's.
+    `loaders` are others than the installed one ("transformers==4.57.6"), each in an environment
+    that is made for it.
     """
     return validate_folder(
-        path, against=against, revision=revision, levels=levels, device=device, progress=progress
-    )
+        path, against=against, revision=revision, levels=levels, loaders=loaders, device=device,
+        progress=progress,
+    )  # fmt: skip
 
 
 def _calibration(

@@ -155,7 +155,8 @@ class Contract:
     def experts(self) -> Mapping[str, Any]:
         """What its loaders make of experts, one by one on disk: see `qconvert.mixture`.
 
-        refused: why they cannot be quantized; kept: why they cannot be left; unread: why
+        refused: why they cannot be quantized; kept: why they cannot be left; symmetric: why their
+        zeros are to be in the middle; alike: why all have the same options; unread: why
         transformers 5 does not load quantized ones; loaders: who does.
         """
         found: Mapping[str, Any] = self.data.get("experts", {})
@@ -191,6 +192,10 @@ class Contract:
                 return reason
         return None
 
+    def asks(self, variant: str, name: str) -> bool:
+        """Whether it depends on `name` what can be stored."""
+        return any(name in rule["expr"] for rule in self.variants[variant].get("requires", ()))
+
     def band(self, variant: str, env: Env) -> Band:
         """The error expected of this variant under these options."""
         for row in self.variants[variant]["error"]:
@@ -205,6 +210,7 @@ def environment(layer: Layer, method: Method) -> Env:
         "out_features": layer.out_features,
         "in_features": layer.in_features,
         "transposed": layer.transposed,
+        "input_dimensions": layer.input_dimensions,
         **method.options(),
     }
 

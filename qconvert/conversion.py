@@ -16,15 +16,25 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qconvert import devices, footprint, manifest, registry, sealing, source, staging
+from qconvert import (
+    devices,
+    footprint,
+    manifest,
+    registry,
+    sealing,
+    source,
+    staging,
+    transcoding,
+)
 from qconvert.calibration import prepare
 from qconvert.calibration.report import OnEvent, figures_from
 from qconvert.decoding import open_source
+from qconvert.decoding.exact import exact
 from qconvert.errors import CorruptFile, DiskFull, HubError, NonFinite, UsageError
 from qconvert.outputs import Sink, shards_at_once
 from qconvert.planning import announced_dtype, make_plan
@@ -32,7 +42,8 @@ from qconvert.pour import Poured, pour
 from qconvert.request import Request, Result, default_name, output_folder, worker_count
 from qconvert.solution import Solution
 from qconvert.staging import Staging
-from qconvert.types import JSON, Plan, Progress, Report, Verdict
+from qconvert.text import human_bytes
+from qconvert.types import JSON, Checkpoint, Plan, Progress, Report, Verdict
 
 if TYPE_CHECKING:
     from qconvert.calibration.prepare import Prepared
@@ -48,19 +59,24 @@ _TRIES = 3
 """For a stream whose bytes are not those that the Hub promised: it is fetched anew."""
 _SHARDS_ON_DISK = 3
 """Of a result that goes to the Hub shard by shard: being filled, sealed and sent."""
+_MOST_WINDOW = 8 << 30
+"""Of a quantized source that is streamed: scales in memory until their codes arrive."""
 
 
 def plan(request: Request) -> Plan:
     """Resolves the model and plans its conversion; reads headers and config, writes nothing."""
     request.check()
     method = registry.info(request.method)
-    checkpoint = open_source(request.model, revision=request.revision)
-    if request.stream and not checkpoint.remote:
-        raise UsageError(
-            f"--stream reads a Hub repository as it arrives; {checkpoint.name} is on this disk",
-            hint="leave --stream out",
-        )
-    maths, container = method.build(announced_dtype(checkpoint), request.options)
+    if method is registry.TRANSCODE:
+        return transcoding.plan(request)
+    anew = method is not registry.DEQUANTIZE
+    checkpoint = open_source(request.model, revision=request.revision, anew=anew)
+    if request.stream:
+        _refuse_stream(checkpoint)
+    dtype = announced_dtype(checkpoint)
+    maths, container = method.build(dtype, request.options)
+    if getattr(maths, "dtype", dtype) != dtype:  # not what its loader would round to
+        checkpoint = exact(checkpoint)
     reading, tune = None, False
     if method.calibrated:
         reading, tune = prepare.describe(checkpoint, request.calibration_options())
@@ -136,9 +152,13 @@ def convert(
         try:
             solved = _solve(planned, prepared, staged, found, threads, on_event, clock)
             solution = stack.enter_context(Solution(solved.files if solved else ()))
-            poured, numeric = _pour(request, planned, staged, solution, sink, found, progress)
-        except NonFinite:
+            poured, numeric = _pour(
+                request, planned, staged, solution, sink, found, threads, progress
+            )
+        except NonFinite as error:
             staged.discard()  # the same plan can never succeed, and --skip makes another
+            if sink is not None:
+                error.args = ("; ".join((str(error), *sink.discard())),)
             raise
         write_side_files(planned, staged.tree)
         clock.lap("pour")
@@ -194,6 +214,17 @@ def write_side_files(planned: Plan, tree: Path) -> None:
 # ── the source ───────────────────────────────────────────────────────────────────────────────
 
 
+def _refuse_stream(checkpoint: Checkpoint) -> None:
+    """Raises UsageError for what cannot be read in order, once."""
+    why = ""
+    if not checkpoint.remote:
+        why = f"--stream reads a Hub repository as it arrives; {checkpoint.name} is on this disk"
+    elif checkpoint.encoded and (window := footprint.window_bytes(checkpoint)) > _MOST_WINDOW:
+        why = f"codes and scales lie so far apart that a stream had to hold {human_bytes(window)}"
+    if why:
+        raise UsageError(why, hint="leave --stream out")
+
+
 def _streamed(planned: Plan, request: Request) -> Plan:
     """The same plan with what a stream takes: a window of memory, and room for fewer shards."""
     disk = planned.disk_bytes
@@ -202,7 +233,7 @@ def _streamed(planned: Plan, request: Request) -> Plan:
         sizes = [shard.size for shard in planned.shards]
         windows = (sum(sizes[at : at + most]) for at in range(len(sizes) - most + 1))
         disk -= planned.weight_bytes - max(windows)
-    window = footprint.window_bytes(planned.checkpoint.tensors.values())
+    window = footprint.window_bytes(planned.checkpoint)
     return replace(planned, peak_bytes=planned.peak_bytes + window, disk_bytes=disk)
 
 
@@ -263,6 +294,7 @@ def _pour(
     solution: Solution,
     sink: Sink | None,
     found: Sequence[str],
+    threads: int,
     progress: Progress | None,
 ) -> tuple[Poured, Report | None]:
     """Pours all shards; of a stream, also the numeric level's report."""
@@ -270,7 +302,7 @@ def _pour(
         pour,
         planned,
         staged,
-        threads=worker_count(request.threads),
+        threads=threads,
         quantize=_quantizer(found),
         solution=solution,
         progress=progress,
@@ -286,7 +318,7 @@ def _pour(
         return StreamReader(
             planned.checkpoint,
             files,
-            window_bytes=footprint.window_bytes(planned.checkpoint.tensors.values()),
+            window_bytes=footprint.window_bytes(planned.checkpoint),
             on_verified=lambda file, sha256: staged.record(source=file, sha256=sha256),
         )
 
@@ -395,15 +427,11 @@ def _finished(document: JSON, planned: Plan, destination: Path | None) -> Result
     return Result(destination, planned, verdict, reports, planned.total_bytes, {}, figures)
 
 
-@dataclass(slots=True)
 class _Clock:
     """Wall time of the stages of a run; goes to the run log, never into a hashed file."""
 
-    laps: dict[str, float]
-    _last: float
-
     def __init__(self) -> None:
-        self.laps = {}
+        self.laps: dict[str, float] = {}
         self._last = time.monotonic()
 
     def lap(self, stage: str) -> None:

@@ -8,15 +8,16 @@ solved; while it pours, the block is gone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from qconvert import modelconfig
 from qconvert.blocks import Blocks, block_of
+from qconvert.hub.window import held_bytes
 from qconvert.tiles import TILE_ELEMENTS
-from qconvert.types import ITEMSIZE, JSON, Action, PlanEntry, Structure, TensorInfo
+from qconvert.types import ITEMSIZE, JSON, Action, Checkpoint, PlanEntry, Structure
 
 SMALL_FILES_BYTES = 4_000_000
 """Card, report, manifest, journal, run log: bounded, not predicted."""
@@ -86,9 +87,9 @@ class Calibrating:
         return 0
 
 
-def window_bytes(tensors: Iterable[TensorInfo]) -> int:
-    """Memory for a source that is streamed: what is under way, and the largest tensor whole."""
-    return _STREAM_BYTES + max(tensor.nbytes for tensor in tensors)
+def window_bytes(checkpoint: Checkpoint) -> int:
+    """Memory for a source that is streamed: what is under way, and what waits for its end."""
+    return _STREAM_BYTES + held_bytes(checkpoint, list(checkpoint.files))
 
 
 def peak_bytes(entries: Sequence[PlanEntry], threads: int, need: Calibrating | None = None) -> int:

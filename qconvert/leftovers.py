@@ -46,8 +46,10 @@ class Leftovers:
         wanted: dict[str, None] = {}
         for shard in plan.shards:
             if shard.name not in self.sealed:
-                tensors = (plan.entries[index].tensor for index in shard.entries)
-                wanted |= dict.fromkeys(t.file for t in tensors if t.name not in self.poured)
+                for tensor in (plan.entries[index].tensor for index in shard.entries):
+                    if tensor.name not in self.poured:
+                        parts = plan.checkpoint.parts(tensor)
+                        wanted |= dict.fromkeys(part.file for part in parts)
         return list(wanted)
 
 
@@ -88,29 +90,43 @@ def _believed(plan: Plan, records: Sequence[JSON]) -> dict[str, JSON]:
     A run begins with a line `begin`, which names the files that it streams; `source` says that such
     a file has ended as promised, `broken` that a file is not what it should be.
     """
-    file_of = {entry.tensor.name: entry.tensor.file for entry in plan.entries}
+    files_of = {
+        entry.tensor.name: {part.file for part in plan.checkpoint.parts(entry.tensor)}
+        for entry in plan.entries
+    }
     believed: dict[str, JSON] = {}
-    pending: dict[str, dict[str, JSON]] = {}
+    pending: dict[str, JSON] = {}
+    waiting: dict[str, set[str]] = {}
+    """By file: the pending tensors for which it must still end as promised."""
     verified: set[str] = set()
     broken: set[str] = set()
+
+    def forget(file: str) -> None:
+        for name in waiting.pop(file, ()):
+            pending.pop(name, None)
+
     for line in records:
         if "begin" in line:
             broken.clear()
             verified -= set(line["begin"])
             for file in line["begin"]:
-                pending.pop(file, None)
+                forget(file)
         elif "broken" in line:
             broken.add(line["broken"])
-            pending.pop(line["broken"], None)
+            forget(line["broken"])
         elif "source" in line and _as_promised(plan, line):
             verified.add(line["source"])
-            believed |= pending.pop(line["source"], {})
-        elif (file := file_of.get(line.get("tensor", ""))) is not None and file not in broken:
-            into = believed if file in verified else pending.setdefault(file, {})
-            into[line["tensor"]] = line
-    for lines in pending.values():
-        believed |= {name: line for name, line in lines.items() if not line.get("streamed")}
-    return believed
+            for name in waiting.pop(line["source"], ()):
+                if name in pending and files_of[name] <= verified:
+                    believed[name] = pending.pop(name)
+        elif (name := line.get("tensor", "")) in files_of and not files_of[name] & broken:
+            if missing := files_of[name] - verified:
+                pending[name] = line
+                for file in missing:
+                    waiting.setdefault(file, set()).add(name)
+            else:
+                believed[name] = line
+    return believed | {name: line for name, line in pending.items() if not line.get("streamed")}
 
 
 def _as_promised(plan: Plan, record: JSON) -> bool:

@@ -49,6 +49,18 @@ def structure(config: JSON, tensors: Tensors) -> Structure:
     return skeleton.from_meta(config, tensors)
 
 
+def input_dimensions(config: JSON, tensors: Tensors) -> Mapping[str, int]:
+    """Path in memory → dimensions of a layer's input, of those where that could be found out.
+
+    Raises as `structure` does.
+    """
+    if from_table(config, tensors) is not None:
+        return {}  # [batch, tokens, features] in all of them
+    from qconvert import rehearsal
+
+    return rehearsal.input_dimensions(config)
+
+
 @cache
 def table() -> JSON:
     """architectures.json: the transformers version it was made with, and a row per class."""

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qconvert import digest, upstream
+from qconvert import digest, mixture, upstream
 from qconvert.planning import with_calibration
 from qconvert.staging import MANIFEST_NAME
 from qconvert.types import JSON, Check, Plan, Report, Verdict
@@ -87,6 +87,10 @@ def make_manifest(
             "dtype": plan.dtype,
             "layers": {e.layer.name: e.method.options() for e in plan.quantized() if e.layer},
             "kept": {e.tensor.name: e.reason for e in plan.entries if e.layer is None},
+            "experts": [
+                {"module": g.module, "count": g.count, "action": g.action, "numel": g.numel}
+                for g in mixture.groups(plan)
+            ],
             "skip_modules": list(plan.skip_modules),
             "warnings": list(plan.warnings),
         },

@@ -14,12 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 from qconvert import contract
 from qconvert.errors import UsageError, printable
 from qconvert.linears import generalize
-from qconvert.types import Action, Container, Kind, Layer, Plan, PlanEntry, Structure, TensorInfo
+from qconvert.types import (
+    JSON,
+    Action,
+    Container,
+    Kind,
+    Layer,
+    Method,
+    Plan,
+    PlanEntry,
+    Structure,
+)
 
 KEEP, QUANTIZE = CHOICES = ("keep", "quantize")
 
@@ -68,7 +77,7 @@ def refuse(choice: str, structure: Structure, container: Container, model_type: 
 
 
 def refuse_unloadable(
-    container: Container, structure: Structure, entries: Iterable[PlanEntry]
+    container: Container, usual: Method, structure: Structure, entries: Iterable[PlanEntry]
 ) -> None:
     """Raises UsageError where a format's loaders would leave experts random, or fail on them."""
     if container.name in structure.unfused_by:
@@ -78,12 +87,24 @@ def refuse_unloadable(
             hint="qconvert hqq MODEL --bits 4 leaves them as they are",
         )
     says = contract.load(container.name).experts
-    for entry in entries if "kept" in says else ():
-        if structure.roles[entry.tensor.name].kind is Kind.EXPERT and entry.layer is None:
+    for entry in entries:
+        if structure.roles[entry.tensor.name].kind is not Kind.EXPERT:
+            continue
+        if entry.layer is None and "kept" in says:
             raise UsageError(
                 f"{entry.tensor.name} would stay in full precision ({entry.reason}): "
                 f"{says['kept']}",
                 hint="choose --skip and --group-size so that every expert is quantized",
+            )
+        if "symmetric" in says and getattr(entry.method, "zero", "middle") != "middle":
+            raise UsageError(
+                f"{entry.tensor.name} would have zero points: {says['symmetric']}",
+                hint="--zero middle",
+            )
+        if "alike" in says and entry.method != usual:
+            raise UsageError(
+                f"{entry.tensor.name} has options of its own: {says['alike']}",
+                hint="choose --override so that no expert is among the layers",
             )
 
 
@@ -93,7 +114,7 @@ def why_kept(container: Container) -> str:
     if "refused" in says:
         return f"expert: {says['refused']}"
     if "unread" in says:
-        return "expert: transformers 5 reads it in full precision alone"
+        return "expert: quantized, it is read by transformers 4.57 alone (--experts quantize)"
     return "expert"
 
 
@@ -109,6 +130,15 @@ def quantized(structure: Structure, layers: Iterable[Layer]) -> bool:
         (role := structure.roles.get(layer.tensor.name)) is not None and role.kind is Kind.EXPERT
         for layer in layers
     )
+
+
+def loaders(plan: Plan) -> list[JSON]:
+    """Who reads what this plan writes: rows of the format's tensors.json."""
+    layers = [entry.layer for entry in plan.quantized() if entry.layer is not None]
+    format_ = contract.load(plan.container.name)
+    of_experts = format_.experts if quantized(plan.structure, layers) else {}
+    found: list[JSON] = of_experts.get("loaders", format_.data["loaders"])
+    return found
 
 
 def warnings(plan: Plan) -> Iterator[str]:
@@ -131,49 +161,70 @@ _WORTH_SAYING = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Expert tensors that are named alike and share a fate."""
+    """Expert tensors of alike modules that share a fate."""
 
-    pattern: str
-    """`model.layers.*.mlp.experts.*.up_proj.weight`."""
-    blocks: int
-    """Modules that hold experts of this pattern."""
+    module: str
+    """`model.layers.*.mlp.experts`, as transformers 5 has them."""
+    names: tuple[str, ...]
+    """On disk: `model.layers.*.mlp.experts.*.up_proj.weight`, …"""
+    layers: int
+    """Modules of experts."""
     experts: int
-    """Of each; 0 where not all have as many."""
+    """In each of them; 0 where that is not the same everywhere."""
+    fused: bool
+    """Whether a tensor is of all experts of its layer."""
     tensors: int
     shape: tuple[int, ...]
-    """Of one tensor; of the first, where they differ."""
+    """Of the first tensor."""
+    numel: int
     nbytes: int
     """What they take in the output."""
-    reason: str
     action: Action
+    reason: str
+
+    @property
+    def count(self) -> str:
+        """ "64 experts × 3 tensors × 48 layers"; fused ones count with all their tensors."""
+        if not self.experts:
+            return f"{self.tensors:,} tensors"
+        layers = f"{self.layers} layer{'s' if self.layers > 1 else ''}"
+        kinds = f"{len(self.names)} tensor{'s' if len(self.names) > 1 else ''}"
+        fused = ", fused" if self.fused else ""
+        return f"{self.experts} experts{fused} × {kinds} × {layers}"
 
 
 def groups(plan: Plan) -> list[Group]:
-    """Every expert tensor of a plan, grouped by pattern and fate, in the order on disk."""
-
-    def key(entry: PlanEntry) -> tuple[str, Action, str]:
-        return generalize(entry.tensor.name), entry.action, entry.reason
-
-    order = {it: at for at, it in reversed(list(enumerate(map(key, _of_experts(plan)))))}
-    entries = sorted(_of_experts(plan), key=lambda entry: order[key(entry)])
-    found = []
-    for (pattern, action, reason), members in groupby(entries, key):
-        alike = list(members)
-        blocks = len({plan.structure.roles[it.tensor.name].module for it in alike})
-        first = alike[0].tensor
-        each = len(alike) // blocks if len(alike) % blocks == 0 else 0
-        fused = plan.structure.roles[first.name].kind is Kind.EXPERTS
-        found.append(
-            Group(
-                pattern, blocks, _fused_count(first) if fused else each, len(alike), first.shape,
-                sum(it.nbytes for it in alike), reason, action,
-            )
-        )  # fmt: skip
-    return found
+    """Every expert tensor of a plan, grouped by module and fate, in the order on disk."""
+    found: dict[tuple[str, Action, str], list[PlanEntry]] = {}
+    for entry in _of_experts(plan):
+        module = generalize(plan.structure.roles[entry.tensor.name].module)
+        found.setdefault((module, entry.action, entry.reason), []).append(entry)
+    return [_group(plan.structure, *key, alike) for key, alike in found.items()]
 
 
-def _fused_count(tensor: TensorInfo) -> int:
-    return tensor.shape[0] if len(tensor.shape) > 1 else 0
+def _group(
+    structure: Structure, module: str, action: Action, reason: str, alike: list[PlanEntry]
+) -> Group:
+    tensors = [entry.tensor for entry in alike]
+    names = tuple(dict.fromkeys(generalize(tensor.name) for tensor in tensors))
+    layers = len({structure.roles[tensor.name].module for tensor in tensors})
+    fused = structure.roles[tensors[0].name].kind is Kind.EXPERTS
+    each, rest = divmod(len(tensors), layers * len(names))
+    if fused:
+        each = tensors[0].shape[0] if tensors[0].shape else 0
+    return Group(
+        module=module,
+        names=names,
+        layers=layers,
+        experts=0 if rest else each,
+        fused=fused,
+        tensors=len(tensors),
+        shape=tensors[0].shape,
+        numel=sum(tensor.numel for tensor in tensors),
+        nbytes=sum(entry.nbytes for entry in alike),
+        action=action,
+        reason=reason,
+    )
 
 
 def _of_experts(plan: Plan) -> list[PlanEntry]:

@@ -32,6 +32,8 @@ def default_name(
     """
     if verb == "dequantize":  # the model's name tells what it was
         suffix = f"-{options['dtype']}"
+    elif verb == "transcode":
+        suffix = f"-{container}"
     else:
         suffix = f"-{verb.upper()}-{options['bits']}bit{_scheme(options)}"
         suffix += f"-{container}" if container else ""

@@ -1,6 +1,7 @@
-"""Where the bytes of a tensor come from: quantized here and now, copied, or found by calibration.
+"""Where the bytes of a tensor come from: quantized here and now, found by calibration, or copied,
+as weights or as codes that the source has already.
 
-Pouring is the same for all three. It asks the origin of an entry for the parts of each tile and,
+Pouring is the same for all of them. It asks the origin of an entry for the parts of each tile and,
 when all tiles are written, for the parts that need the whole tensor; both under local names, both
 independent of who asks and when.
 """
@@ -13,9 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from qconvert.solution import Solution
-from qconvert.source import Reader
+from qconvert.source import Closeable, Reader
 from qconvert.tiles import cast_copy, global_name, read_tile, whole_parts
-from qconvert.types import Array, Container, Method, Parts, PlanEntry, Tile, Write
+from qconvert.types import Array, Container, Method, Parts, Plan, PlanEntry, Tile, Write
 
 Quantize = Callable[[Method, Array, str], Parts]
 """Where blocks are quantized: the method's own CPU kernels, or a device's."""
@@ -51,6 +52,26 @@ class Quantized:
     def tile(self, entry: PlanEntry, tile: Tile) -> Parts:
         block = read_tile(self._reader, entry.tensor, tile)
         codes = self._quantize(entry.method, block, entry.tensor.dtype)
+        return self._container.encode(codes, entry.method)
+
+    def finish(self, entry: PlanEntry, kept: Parts) -> Parts:
+        assert entry.layer is not None
+        return self._container.finish(entry.layer, entry.method, kept)
+
+
+class TakenOver:
+    """Layers that keep the codes, scales and zeros of the source, and are packed in another way."""
+
+    def __init__(self, reader: Closeable, plan: Plan) -> None:
+        self._reader = reader
+        self._container: Container = plan.container
+        self._codes = plan.codes
+
+    def has(self, entry: PlanEntry) -> bool:
+        return entry.tensor.name in self._codes
+
+    def tile(self, entry: PlanEntry, tile: Tile) -> Parts:
+        codes = self._codes[entry.tensor.name].read(self._reader.read_stored, tile)
         return self._container.encode(codes, entry.method)
 
     def finish(self, entry: PlanEntry, kept: Parts) -> Parts:

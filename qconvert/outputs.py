@@ -57,9 +57,15 @@ def shards_at_once(plan: Plan, most: int) -> int:
     """
     feeding: dict[str, int] = {}
     for shard in plan.shards:
-        for file in {plan.entries[index].tensor.file for index in shard.entries}:
+        for file in feeds(plan, shard):
             feeding[file] = feeding.get(file, 0) + 1
     return min(len(plan.shards), max(most, *feeding.values()))
+
+
+def feeds(plan: Plan, shard: Shard) -> set[str]:
+    """The source files that a shard is made of."""
+    tensors = (plan.entries[index].tensor for index in shard.entries)
+    return {part.file for tensor in tensors for part in plan.checkpoint.parts(tensor)}
 
 
 @dataclass(slots=True, eq=False)
@@ -221,7 +227,7 @@ class Outputs:
 
     def _check_sources(self, shard: Shard) -> None:
         """Raises CorruptFile unless every file that feeds a shard is what was promised."""
-        for file in sorted({self._plan.entries[i].tensor.file for i in shard.entries}):
+        for file in sorted(feeds(self._plan, shard)):
             try:
                 self._reader.check(file)
             except CorruptFile:

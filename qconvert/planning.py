@@ -132,16 +132,19 @@ def make_plan(
         )
     if layers is None:
         mixture.refuse(experts, structure, container, checkpoint.config.get("model_type"))
+    dimensions: Mapping[str, int] = {}
+    if format_.variants and format_.asks(container.variant(method), "input_dimensions"):
+        dimensions = linears.input_dimensions(checkpoint.config, shapes)
     rules = _Rules(
         checkpoint, structure, method, container, skip, overrides, dtype, blocks, tune, layers,
-        experts == mixture.QUANTIZE,
+        experts == mixture.QUANTIZE, dimensions,
     )  # fmt: skip
     entries = tuple(_decide(tensor, rules) for tensor in checkpoint.tensors.values())
     _refuse_missing(structure)
     if layers is None:
         _refuse_useless(entries, skip, overrides)
     if format_.variants:
-        mixture.refuse_unloadable(container, structure, entries)
+        mixture.refuse_unloadable(container, method, structure, entries)
     shards = cut_into_shards(entries, max_shard_bytes)
     draft = Plan(
         checkpoint=checkpoint,
@@ -219,6 +222,8 @@ class _Rules:
     layers: Mapping[str, Method] | None
     """By name on disk: those to be quantized, where it is not for us to choose."""
     experts: bool
+    dimensions: Mapping[str, int]
+    """Of the inputs of layers, by path in memory, where the container asks."""
 
     def takes(self, kind: Kind) -> bool:
         """Whether what is of this kind is quantized if it can be."""
@@ -277,6 +282,7 @@ def _decide(tensor: TensorInfo, rules: _Rules) -> PlanEntry:
         in_features=in_features,
         transposed=transposed,
         has_bias=f"{name}.bias" in rules.checkpoint.tensors,
+        input_dimensions=rules.dimensions.get(role.module, 3),
     )
     own: Any = rules.layers[name] if rules.layers is not None else rules.method
     for override in rules.overrides:
@@ -375,6 +381,7 @@ def _fingerprint(plan: Plan) -> str:
         "revision": checkpoint.revision,
         "method": plan.method.options(),
         "calibration": plan.calibration,
+        "codes": sorted(plan.codes),
         "layers": [
             (e.tensor.name, e.action, e.method.options() if e.method else None)
             for e in plan.entries

@@ -16,7 +16,7 @@ import numpy as np
 
 from qconvert.errors import NonFinite
 from qconvert.leftovers import Leftovers
-from qconvert.origins import Copied, Origin, Quantize, Quantized, Solved
+from qconvert.origins import Copied, Origin, Quantize, Quantized, Solved, TakenOver
 from qconvert.outputs import OpenShard, Outputs, Sink
 from qconvert.solution import Solution
 from qconvert.source import Closeable, Reader
@@ -86,6 +86,8 @@ class Pouring:
         ]  # fmt: skip
         if order.solution is not None:
             self.origins.insert(0, Solved(order.solution, self.plan.container))
+        if self.plan.codes:
+            self.origins.insert(0, TakenOver(self.reader, self.plan))
         self.lock = threading.Lock()
         self.outputs = Outputs(self.plan, self.staging, self.reader, order.sink, floor.abort)
         self.done = 0

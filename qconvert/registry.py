@@ -82,7 +82,7 @@ class MethodInfo:
 
     def unusual(self, container: str) -> str | None:
         """The container's name unless it is the default one."""
-        return None if container == next(iter(self.layouts)) else container
+        return None if container == next(iter(self.layouts), None) else container
 
     def _layout(self, name: object) -> Layout:
         if name is None:
@@ -105,6 +105,7 @@ class MethodInfo:
             )
 
 
+_CONTAINER = "how it is stored: the format's own tensors (default), or compressed-tensors"
 _BNB_4BIT = {
     "double_quant": "quantize the absmax of each block too (default: yes)",
     "blocksize": "weights that share one absmax (default 64)",
@@ -119,9 +120,14 @@ METHODS = (
             "bitsandbytes": Layout(
                 "qconvert.methods.llm_int8:LLMInt8",
                 "qconvert.containers.bitsandbytes:BITSANDBYTES",
-            )
+            ),
+            "compressed-tensors": Layout(
+                "qconvert.methods.hqq:int8_rows",
+                "qconvert.containers.compressed_tensors:COMPRESSED_TENSORS",
+            ),
         },
         bits=(8,),
+        options={"container": _CONTAINER},
     ),
     MethodInfo(
         verb="nf4",
@@ -153,13 +159,21 @@ METHODS = (
         verb="hqq",
         summary="HQQ: 8 to 1 bits, scale and zero for each group, no calibration data",
         layouts={
-            "hqq": Layout("qconvert.methods.hqq:HQQ", "qconvert.containers.hqq:HQQ_NATIVE"),
+            "hqq": Layout(
+                "qconvert.methods.hqq:HQQ", "qconvert.containers.hqq:HQQ_NATIVE", {"zero": "real"}
+            ),
+            "compressed-tensors": Layout(
+                "qconvert.methods.hqq:with_integer_zeros",
+                "qconvert.containers.compressed_tensors:COMPRESSED_TENSORS",
+            ),
         },
         bits=(8, 6, 5, 4, 3, 2, 1),
         options={
             "bits": "8, 6, 5, 4, 3, 2 or 1",
             "group_size": "weights that share scale and zero (default 64)",
             "axis": "1: groups along in_features (default); 0: across the flattened weight",
+            "container": _CONTAINER,
+            "zero": "of compressed-tensors: integer (at 4 bits) or middle, a symmetric grid (at 8)",
         },
     ),
     MethodInfo(
@@ -200,6 +214,20 @@ DEQUANTIZE = MethodInfo(
     options={"dtype": "bfloat16, float16 or float32 (default: what config.json announces)"},
 )
 """A verb like the methods', but none: it ends where they begin."""
+TRANSCODE = MethodInfo(
+    verb="transcode",
+    summary="The same codes, scales and zeros in another format, where it can hold them",
+    layouts={},
+    bits=(),
+    options={"to": "the format to store them in"},
+)
+"""A verb that computes nothing: its methods are those of the source."""
+
+
+def formats() -> list[str]:
+    """The formats that methods without calibration write: what codes may be moved to."""
+    names = (name for method in METHODS if not method.calibrated for name in method.layouts)
+    return list(dict.fromkeys(names))
 
 
 @cache
@@ -213,7 +241,7 @@ def names() -> tuple[str, ...]:
 
 def info(verb: str) -> MethodInfo:
     """The method of that name, built in or from an entry point; raises UsageError."""
-    for method in (*METHODS, DEQUANTIZE):
+    for method in (*METHODS, DEQUANTIZE, TRANSCODE):
         if method.verb == verb:
             return method
     from importlib.metadata import entry_points  # 20 ms that built-in methods need not pay

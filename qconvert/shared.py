@@ -50,6 +50,11 @@ class Shared:
         itemsize = ITEMSIZE[tensor.dtype]
         view[:] = kept.bits.view(np.uint8).data[start_element * itemsize : stop_element * itemsize]
 
+    def read_stored(
+        self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
+    ) -> None:
+        self.reader.read_stored(tensor, start_element, stop_element, out)
+
     def check(self, file: str) -> None:
         self.reader.check(file)
 

@@ -87,11 +87,23 @@ def build(config: JSON, dtype: torch.dtype | None = None) -> Any:
 
 
 @contextmanager
-def _guarded(config: JSON, max_modules: int) -> Iterator[None]:
-    """No network, no chatter, no library exception; an end to what a config can ask for."""
+def quiet() -> Iterator[None]:
+    """No network and no chatter of transformers meanwhile."""
     offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        constants.HF_HUB_OFFLINE = offline
+
+
+@contextmanager
+def _guarded(config: JSON, max_modules: int) -> Iterator[None]:
+    """`quiet`, no library exception, and an end to what a config can ask for."""
     count = 0
 
     def budget(*_: object) -> None:
@@ -107,8 +119,7 @@ def _guarded(config: JSON, max_modules: int) -> Iterator[None]:
 
     handle = register_module_module_registration_hook(budget)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     except QConvertError:
         raise
@@ -123,8 +134,6 @@ def _guarded(config: JSON, max_modules: int) -> Iterator[None]:
         ) from error
     finally:
         handle.remove()
-        transformers.logging.set_verbosity(verbosity)
-        constants.HF_HUB_OFFLINE = offline
 
 
 def _classes(config: JSON) -> list[type[Any]]:

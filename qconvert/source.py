@@ -239,6 +239,12 @@ class Closeable(Reader, AbstractContextManager["Closeable"], Protocol):
 
     def close(self) -> None: ...
 
+    def read_stored(
+        self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
+    ) -> None:
+        """As `read`, of a tensor that a file holds."""
+        ...
+
 
 class OpenFile(Protocol):
     """One weight file, open."""
@@ -262,7 +268,7 @@ class SourceReader:
         self._open: dict[str, OpenFile] = {}
         self._lock = Lock()
         self._closed = Event()
-        self._hashed: set[str] = set()
+        self._hashing = Lock()
 
     def __enter__(self) -> SourceReader:
         return self
@@ -300,12 +306,15 @@ class SourceReader:
         self.check_unchanged(file)
         repository = self._checkpoint.repository
         promised = repository.files.get(file) if repository else None
-        if promised is None or self._checkpoint.remote or file in self._hashed:
+        if promised is None or self._checkpoint.remote:
             return
         from qconvert.hub import snapshot
 
-        snapshot.compare(self._checkpoint.root, file, promised, self._closed)
-        self._hashed.add(file)
+        with self._hashing:
+            if file not in self._checkpoint.proved:
+                snapshot.compare(self._checkpoint.root, file, promised, self._closed)
+                if not self._closed.is_set():  # else it was not read to its end
+                    self._checkpoint.proved.add(file)
 
     def check_unchanged(self, file: str) -> None:
         """Raises CorruptFile unless the file is the one whose header was read."""

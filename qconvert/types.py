@@ -56,7 +56,7 @@ def dtype_from_torch(name: object) -> str | None:
 class TensorInfo:
     """One tensor of a safetensors file; `start` and `end` are byte offsets in the *file*.
 
-    One that is decoded from others (`Checkpoint.encoded`) has the place of the largest of them.
+    One that is decoded from others (`Checkpoint.encoded`) has the place of the last of them.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Encoded(Protocol):
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
-        """What the files hold of it; the first is the largest, and says where the tensor lies."""
+        """What the files hold of it, the largest first."""
         ...
 
     def read(
@@ -160,6 +160,14 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
     encoded: Mapping[str, Encoded] = field(default_factory=dict)
     """Those of `tensors` that are computed while they are read, by name."""
+
+    def parts(self, tensor: TensorInfo) -> tuple[TensorInfo, ...]:
+        """What the files hold of one of `tensors`."""
+        encoded = self.encoded.get(tensor.name)
+        return (tensor,) if encoded is None else encoded.parts
+    proved: set[str] = field(default_factory=set, compare=False)
+    """Files that a reader has hashed and found to be what the Hub promises. It holds for as long
+    as they are unchanged (`FileInfo.identity`), which whoever relies on it looks at."""
 
     @property
     def repo_id(self) -> str | None:
@@ -239,6 +247,8 @@ class Layer:
     transposed: bool = False
     """The source is [in_features, out_features] (Conv1D); codes are always [out, in]."""
     has_bias: bool = False
+    input_dimensions: int = 3
+    """Of the tensor it is called with, where that has been found out."""
 
 
 # ── the plan ─────────────────────────────────────────────────────────────────────────────────
@@ -358,6 +368,18 @@ class Container(Protocol):
         ...
 
 
+class CodeSource(Protocol):
+    """Where the codes of a layer come from that is not quantized anew, but stored otherwise."""
+
+    def read(self, read_stored: ReadStored, tile: Tile) -> Parts:
+        """What `Method.quantize` would return for the tile's block.
+
+        Any thread may call at any time. Raises CorruptFile, and UsageError for codes that the
+        container cannot hold.
+        """
+        ...
+
+
 class Action(StrEnum):
     QUANTIZE = "quantize"
     COPY = "copy"
@@ -420,6 +442,8 @@ class Plan:
     warnings: tuple[str, ...] = ()
     calibration: JSON = field(default_factory=dict)
     """What a calibrated method's result depends on beside the weights: text, seed, device, …"""
+    codes: Mapping[str, CodeSource] = field(default_factory=dict)
+    """Of layers that take over codes, scales and zeros of the source, by tensor."""
 
     @property
     def total_bytes(self) -> int:

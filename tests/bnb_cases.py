@@ -1,14 +1,17 @@
-"""Weights for the bitsandbytes tests, and how they reach a method."""
+"""Weights for methods with a scale for each row or block, and what all of these must do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
 
+from qconvert.errors import NonFinite
 from qconvert.types import Array, Layer, TensorInfo
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -35,6 +38,48 @@ def layer_of(weight: torch.Tensor, dtype: str, *, transposed: bool = False) -> L
     tensor = TensorInfo("layer.weight", dtype, shape, "f", 0, weight.numel() * weight.itemsize)
     out_features, in_features = shape[::-1] if transposed else shape
     return Layer("layer", "layer", tensor, out_features, in_features, transposed)
+
+
+def every_16_bit_value(dtype: str, within: torch.dtype | None = None) -> torch.Tensor:
+    """All finite patterns (in `within`, too), neighbours in size together in rows of 64."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(DTYPES[dtype])
+    every = every[every.to(within or every.dtype).isfinite()]
+    every = every[every.float().abs().argsort()]
+    return every[: every.numel() // 64 * 64].reshape(-1, 64)
+
+
+def assert_torch_agrees(method: Any, weight: torch.Tensor, dtype: str) -> None:
+    """torch's way to the codes ends with the same bytes."""
+    parts, with_torch = method.quantize(source_bits(weight), dtype), method.quantize_torch(weight)
+    assert set(parts) == set(with_torch)
+    for name, part in parts.items():
+        np.testing.assert_array_equal(part, with_torch[name].numpy())
+
+
+def assert_refused(method: Any, weight: torch.Tensor, dtype: str, message: str) -> NonFinite:
+    """Either way, NonFinite says what is in the weight and where; the error of numpy's way."""
+    with pytest.raises(NonFinite, match=message) as raised:
+        method.quantize(source_bits(weight), dtype)
+    with pytest.raises(NonFinite, match=message):
+        method.quantize_torch(weight)
+    return raised.value
+
+
+def assert_says_where_it_is_not_finite(method: Any, dtype: str, bad: float) -> None:
+    weight = torch.ones(5, 128, dtype=DTYPES[dtype])
+    weight[3, 66] = weight[4, 1] = bad
+    message = "2 non-finite values, first at row 3, column 66"
+    error = assert_refused(method, weight, dtype, message)
+    assert (error.count, error.first) == (2, 3 * 128 + 66)
+
+
+def assert_threads_agree(method: Any) -> None:
+    weight = torch.randn(64, 512).bfloat16()
+    expected = method.quantize(source_bits(weight), "BF16")
+    with ThreadPoolExecutor(8) as pool:
+        results = pool.map(lambda _: method.quantize(source_bits(weight), "BF16"), range(64))
+    for parts in results:
+        assert all((parts[name] == expected[name]).all() for name in expected)
 
 
 @st.composite

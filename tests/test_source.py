@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qconvert import sidefiles
+from qconvert import digest, sidefiles
 from qconvert.errors import (
     CorruptFile,
     IndexMismatch,
@@ -24,6 +25,7 @@ from qconvert.errors import (
     UsageError,
 )
 from qconvert.source import SourceReader, open_checkpoint, open_folder
+from qconvert.types import RemoteFile, Repository
 from tests.tiny_case import make
 
 
@@ -353,6 +355,35 @@ def test_a_file_that_changes_is_noticed(how: str, opened: bool, single: Path) ->
                 reader.read(tensor, 0, tensor.numel, out)
         with pytest.raises(CorruptFile, match="changed while it was read"):
             reader.check_unchanged(tensor.file)
+
+
+def test_a_downloaded_file_is_hashed_once(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "model.safetensors"
+    data = (single / name).read_bytes()
+    promised = RemoteFile(len(data), "0" * 40, hashlib.sha256(data).hexdigest())
+    repository = Repository("org/m", "0" * 40, "org/m", False, False, {name: promised})
+    hashed: list[str] = []
+
+    def counting(fd: int, *more: Any, **named: Any) -> str:
+        hashed.append(os.readlink(f"/proc/self/fd/{fd}"))
+        return sha256(fd, *more, **named)
+
+    sha256 = digest.sha256
+    monkeypatch.setattr(digest, "sha256", counting)
+    checkpoint = open_folder(single, repository=repository)
+    for _ in range(2):  # as calibration, pour and validation do, each with a reader of its own
+        with SourceReader(checkpoint) as reader:
+            reader.check(name)
+            reader.check(name)
+    assert hashed == [str(single / name)]
+
+    (single / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with SourceReader(checkpoint) as reader, pytest.raises(CorruptFile, match="changed while"):
+        reader.check(name)
+    again = open_folder(single, repository=repository)
+    with SourceReader(again) as reader, pytest.raises(CorruptFile, match="not what the Hub's tree"):
+        reader.check(name)
+    assert len(hashed) == 2
 
 
 # ── side files ───────────────────────────────────────────────────────────────────────────────

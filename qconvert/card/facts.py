@@ -14,12 +14,12 @@ from typing import Any
 
 from qconvert import upstream
 from qconvert.naming import COMMIT
-from qconvert.types import JSON
+from qconvert.types import JSON, Action
 
 MAX_DEPTH = 32
 LEVELS = ("contract", "numeric", "reload")
 _REPO_ID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?")
-_WORD = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_WORD = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -94,9 +94,28 @@ class Facts:
         return self.verb == "dequantize"
 
     @property
+    def transcoded(self) -> bool:
+        """Whether its codes are those of another quantized checkpoint."""
+        return self.verb == "transcode"
+
+    @property
     def options(self) -> JSON:
         """The method's options, without its name."""
         return {key: v for key, v in self.mapping("method").items() if key != "verb"}
+
+    @property
+    def experts(self) -> list[JSON]:
+        """What became of the experts, a table for each fate; [] for a dense model."""
+        found = self.any("plan", "experts")
+        return [as_mapping(group) for group in found] if isinstance(found, list) else []
+
+    @property
+    def quantizes_experts(self) -> bool:
+        return any(group.get("action") == Action.QUANTIZE for group in self.experts)
+
+    @property
+    def keeps_experts(self) -> bool:
+        return any(group.get("action") == Action.COPY for group in self.experts)
 
     @property
     def title(self) -> str:

@@ -71,7 +71,7 @@ def _tags(facts: Facts) -> list[str]:
     bits = facts.number("method", "bits")
     if facts.dequantized:
         return ["qconvert"]
-    tags = ["qconvert", facts.container, facts.verb]
+    tags = ["qconvert", facts.container, *([] if facts.transcoded else [facts.verb])]
     tags += [f"{bits:g}-bit"] if bits is not None else []
     return list(dict.fromkeys(tag for tag in tags if _TAG.fullmatch(tag)))
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from qconvert import contract
 from qconvert.card import evidence, provenance
-from qconvert.card.facts import Facts, as_mapping, as_number
+from qconvert.card.facts import Facts, as_mapping, as_number, as_text
 from qconvert.card.front import dump, front_matter
 from qconvert.card.markdown import code, hub_link, name, table
 from qconvert.errors import UsageError
 from qconvert.text import human_bytes
-from qconvert.types import JSON, TORCH_NAMES, Kind
+from qconvert.types import JSON, TORCH_NAMES, Action, Kind
 
 _MOST_ROWS = 20
 
@@ -59,7 +59,11 @@ def _title(facts: Facts) -> str:
     made = f"quantized with {facts.verb or 'an unknown method'}"
     made += f" to {bits:g} bits" if bits is not None else ""
     made += (f" ({options})" if options else "") + effective_bits(facts)
-    if facts.dequantized:
+    if facts.transcoded:
+        method = " ".join([facts.container, *method.split()[1:]])
+        made = f"with the same codes, scales and zeros, stored as {facts.container}"
+        made += (f" ({options})" if options else "") + effective_bits(facts)
+    elif facts.dequantized:
         dtype = TORCH_NAMES.get(facts.text("method", "dtype"), "full precision")
         method, made = dtype, f"a quantized checkpoint, with its weights as {dtype} numbers"
     lines = [
@@ -76,6 +80,12 @@ def effective_bits(facts: Facts) -> str:
     whole = facts.number("plan", "bits_per_weight")
     if layers is None or whole is None:
         return ""
+    if facts.keeps_experts:
+        return (
+            f": {layers:.2f} bits per weight in its quantized layers, scales and codebooks "
+            f"included, and, with its experts in full precision, **{whole:.2f} effective bits per "
+            "weight** over the whole model"
+        )
     return (
         f": **{layers:.2f} effective bits per weight** in its quantized layers, scales and "
         f"codebooks included, and {whole:.2f} over the whole model"
@@ -98,14 +108,17 @@ def options_in_words(options: JSON) -> str:
 
 
 def _usage(facts: Facts) -> str:
-    """How it is loaded, from formats/<container>/USAGE.md."""
+    """How it is loaded, from formats/<container>/: USAGE.md, or what holds of experts."""
     if not facts.container:
         return ""
     try:
         root = contract.load(facts.container).root
     except UsageError:  # a third party's format
         return ""
-    text = (root / "USAGE.md").read_text("utf-8")
+    file = root / "EXPERTS.md"
+    if not (facts.quantizes_experts and file.is_file()):
+        file = root / "USAGE.md"
+    text = file.read_text("utf-8")
     text = text.replace("{path}", facts.target_id or "path/or/id of this repository")
     text = text.replace("{dtype}", TORCH_NAMES.get(facts.text("plan", "dtype"), "bfloat16"))
     return f"## Use\n\n{text.strip()}"
@@ -157,7 +170,7 @@ def _precision(facts: Facts) -> str:
             for scheme, count in schemes.most_common(_MOST_ROWS)
         ]
         words += f": {'; '.join(groups)}"
-    text = f"## Precision\n\n{words}."
+    text = f"## Precision\n\n{words}.{_experts(facts)}"
     if not kept:
         return text
     examples: dict[str, str] = {}
@@ -173,6 +186,16 @@ def _precision(facts: Facts) -> str:
     head = ["why", "tensors", "such as"]
     dtype = TORCH_NAMES.get(facts.text("plan", "dtype"))
     return f"{text} In full precision{f' ({dtype})' if dtype else ''}:\n\n{table(head, rows)}"
+
+
+def _experts(facts: Facts) -> str:
+    """A sentence for each fate of experts."""
+    sentences = []
+    for group in facts.experts[:_MOST_ROWS]:
+        fate = "quantized" if group.get("action") == Action.QUANTIZE else "in full precision"
+        count, module = as_text(group.get("count")), as_text(group.get("module"))
+        sentences.append(f" {name(count)} of {code(module)} are {fate}.")
+    return "".join(sentences)
 
 
 def _reason(reason: str) -> str:

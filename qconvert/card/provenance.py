@@ -23,7 +23,10 @@ def loaders(facts: Facts) -> str:
         ran += "none."
     parts = [f"## Loaders\n\n{ran}"]
     try:
-        listed = contract.load(facts.container).data["loaders"] if facts.container else []
+        format_ = contract.load(facts.container) if facts.container else None
+        listed = format_.data["loaders"] if format_ else []
+        if format_ and facts.quantizes_experts:
+            listed = format_.experts.get("loaders", listed)
     except UsageError:  # a third party's format
         listed = []
     if listed:

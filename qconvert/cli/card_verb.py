@@ -20,10 +20,6 @@ _Place = Annotated[
     str,
     typer.Argument(help="A folder, or a Hub id (org/name).", metavar="PATH", show_default=False),
 ]
-_Revision = Annotated[
-    str | None,
-    typer.Option(help="Branch, tag or commit of a Hub id.", metavar="REF", show_default="main"),
-]
 _Lint = Annotated[bool, typer.Option("--lint", help="Say what is wrong with README.md as it is.")]
 _MAX_CARD = 4_000_000
 
@@ -34,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
 
 def card(
-    path: _Place, lint: _Lint = False, revision: _Revision = None, json: opt.Json = False
+    path: _Place, lint: _Lint = False, revision: opt.PathRevision = None, json: opt.Json = False
 ) -> None:
     """Print the model card that the manifest makes, or --lint the one that is there.
 

@@ -29,6 +29,22 @@ _GroupSize = Annotated[int, typer.Option(help="Weights that share scale and zero
 _Axis = Annotated[
     int, typer.Option(help="1: groups along in_features; 0: across the weight.", metavar="N")
 ]
+_Container = Annotated[
+    str | None,
+    typer.Option(
+        help="compressed-tensors: what transformers 5, vLLM and SGLang read.",
+        metavar="NAME",
+        show_default="the format's own",
+    ),
+]
+_Zero = Annotated[
+    str | None,
+    typer.Option(
+        help="Of compressed-tensors: integer, or middle for a symmetric grid.",
+        metavar="NAME",
+        show_default="integer at 4 bits, middle at 8",
+    ),
+]
 _Override = Annotated[
     list[str] | None,
     typer.Option(
@@ -115,12 +131,15 @@ _BNB_4BIT: Parameters = [
     ("compute_dtype", _ComputeDtype, None),
 ]
 _OWN: dict[str, Parameters] = {
+    "int8": [("container", _Container, None)],
     "nf4": _BNB_4BIT,
     "fp4": _BNB_4BIT,
     "hqq": [
         ("bits", _Bits, ...),
         ("group_size", _GroupSize, 64),
         ("axis", _Axis, 1),
+        ("container", _Container, None),
+        ("zero", _Zero, None),
         ("override", _Override, None),
     ],
     "aqlm": [
@@ -279,6 +298,7 @@ def _method_options(verb: str, given: dict[str, Any]) -> tuple[str, dict[str, An
     """The method's name and the options that are its own."""
     own = [name for name, _, _ in _OWN.get(verb, _BNB_4BIT if verb == "bnb" else [])]
     chosen = {name: given[name] for name in own if name in given and name != "override"}
+    chosen = {k: v for k, v in chosen.items() if k not in ("container", "zero") or v is not None}
     if verb == "aqlm" and chosen["bits"] is None and chosen["scheme"] is None:
         chosen["bits"] = 2
     if verb == "bnb":

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from qconvert.cli import options as opt
 from qconvert.errors import UsageError, printable
-
-if TYPE_CHECKING:
-    from qconvert.hub.push import Pushed
 
 _Folder = Annotated[
     Path, typer.Argument(help="A folder that qconvert made.", metavar="FOLDER", show_default=False)
@@ -66,28 +62,4 @@ def push(
             unverified=push_unverified,
             progress=progress,
         )
-    if json:
-        show.print_json({**asdict(outcome), "already": outcome.already})
-    elif not quiet:
-        _print(outcome)
-
-
-def _print(outcome: Pushed) -> None:
-    from rich.markup import escape
-
-    from qconvert.cli import show
-    from qconvert.text import human_bytes
-
-    talk, out = show.console(stderr=True), show.console()
-    for warning in outcome.warnings:
-        text = escape(printable(warning, most=2000))
-        talk.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
-    where = f"[bold]{escape(printable(outcome.url))}[/] at {outcome.commit}"
-    access = "private" if outcome.private else "public"
-    if outcome.already:
-        out.print(f"already there: {where} ({access})", soft_wrap=True)
-        return
-    out.print(f"pushed: {where} ({access})", soft_wrap=True)
-    sent = f"{len(outcome.sent)} files, {human_bytes(outcome.uploaded_bytes)} sent"
-    gone = ", ".join(map(printable, outcome.deleted))
-    out.print(sent + (f"; deleted: {escape(gone)}" if gone else ""), soft_wrap=True)
+    screen.pushed(outcome)

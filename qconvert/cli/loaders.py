@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.padding import Padding
 
-from qconvert.contract import Contract
-
 _NUMBER = r"(\d+(?:\.\d+)*)"
 
 
-def print_loaders(out: Console, contract: Contract) -> None:
-    """The loaders of a format, one short paragraph each."""
-    out.print(f"\n[bold]{contract.name}[/] is read by")
-    for loader in contract.data["loaders"]:
+def print_loaders(out: Console, what: str, loaders: Sequence[Mapping[str, Any]]) -> None:
+    """The loaders of a format (rows of its tensors.json), one short paragraph each."""
+    out.print(f"\n[bold]{what}[/] is read by")
+    for loader in loaders:
         text = escape(f"{loader['loader']}: {loader['versions']}")
         status = f"[dim]{escape(loader['status'])}[/]"
         head = f"{_mark(loader)} {text}"

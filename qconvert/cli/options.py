@@ -42,6 +42,10 @@ Revision = Annotated[
     str | None,
     typer.Option(help="Branch, tag or commit of the source.", metavar="REF", show_default="main"),
 ]
+PathRevision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of PATH.", metavar="REF", show_default="main"),
+]
 Skip = Annotated[
     str | None, typer.Option(help="Regex: keep matching layers in full precision.", metavar="REGEX")
 ]

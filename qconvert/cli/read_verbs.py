@@ -18,10 +18,6 @@ _Target = Annotated[
         show_default=False,
     ),
 ]
-_Revision = Annotated[
-    str | None,
-    typer.Option(help="Branch, tag or commit of PATH.", metavar="REF", show_default="main"),
-]
 _Against = Annotated[
     str | None,
     typer.Option(
@@ -58,6 +54,16 @@ _Level = Annotated[
     ),
 ]
 
+_Loader = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--loader",
+        help="Reload with this one, in an environment of its own; repeatable.",
+        metavar="transformers==4.57.6",
+        show_default="the installed one",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs to the application."""
@@ -66,7 +72,7 @@ def register(app: typer.Typer) -> None:
     app.command("verify", hidden=True)(validate)
 
 
-def inspect(path: _Target, revision: _Revision = None, json: opt.Json = False) -> None:
+def inspect(path: _Target, revision: opt.PathRevision = None, json: opt.Json = False) -> None:
     """Show what a folder or repository holds: bits and bytes of each module, source, versions."""
     from qconvert.cli import show_folder
 
@@ -77,7 +83,8 @@ def validate(
     path: _Target,
     against: _Against = None,
     level: _Level = None,
-    revision: _Revision = None,
+    loader: _Loader = None,
+    revision: opt.PathRevision = None,
     device: opt.Device = "auto",
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -85,6 +92,8 @@ def validate(
     """Prove a quantized folder or repository: contract, numeric, reload. Exits 6 if it fails.
 
     A repository is read by ranges: its headers, and with --against its weights and the source's.
+    An environment for --loader is made once, with venv and pip, and kept in ~/.cache/qconvert or
+    in the folder that QCONVERT_ENVIRONMENTS names.
     """
     from qconvert import validation as proving
     from qconvert.cli import show
@@ -97,6 +106,7 @@ def validate(
             against=against,
             revision=revision,
             levels=level or None,
+            loaders=loader or (),
             device=device,
             progress=progress,
         )
@@ -109,7 +119,7 @@ def reproduce(
     source: _Source = None,
     calibration: _Text = None,
     keep: _Keep = None,
-    revision: _Revision = None,
+    revision: opt.PathRevision = None,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
     json: opt.Json = False,

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from qconvert import contract
+from qconvert import mixture
 from qconvert.cli import show_calibration, show_hub
 from qconvert.cli.loaders import print_loaders
 from qconvert.errors import printable
@@ -29,6 +29,7 @@ from qconvert.types import JSON, Action, Plan, Report, Verdict
 
 if TYPE_CHECKING:
     from qconvert.calibration.report import Figures
+    from qconvert.hub.push import Pushed
     from qconvert.hub.target import Target
     from qconvert.request import Request, Result
     from qconvert.validation import Validation
@@ -113,7 +114,7 @@ class Screen:
                 f"{show_calibration.tuning(plan)}",
                 soft_wrap=True,
             )
-        self._warn(plan)
+        self._warn(plan.warnings)
 
     def plan(
         self,
@@ -140,8 +141,8 @@ class Screen:
         files.add_row("[bold]in all[/]", f"[bold]{plan.total_bytes:,}[/]")
         out.print(files)
         out.print(_kept_table(plan))
-        print_loaders(out, contract.load(plan.container.name))
-        self._warn(plan)
+        print_loaders(out, plan.container.name, mixture.loaders(plan))
+        self._warn(plan.warnings)
 
     def result(self, result: Result) -> None:
         """What was made and what was proved of it."""
@@ -171,12 +172,12 @@ class Screen:
         if result.resumed_bytes:
             self._out.print(f"resumed: {human_bytes(result.resumed_bytes)} were already done")
         if result.pushed:
-            self._out.print(show_hub.pushed(result.pushed), soft_wrap=True)
+            self._pushed(result.pushed)
         self._out.print(
             f"[bold]{escape(printable(result.folder or result.plan.checkpoint.name))}[/]  "
             f"{human_bytes(result.plan.weight_bytes)}, "
             f"{abs(saved):.0f} % {'smaller' if saved >= 0 else 'larger'}, "
-            f"{result.plan.bits_per_weight:.2f} bits per weight, "
+            f"[bold]{result.plan.bits_per_weight:.2f} bits per weight[/], "
             f"in {sum(result.seconds.values()):.1f} s",
             soft_wrap=True,
         )
@@ -196,7 +197,10 @@ class Screen:
         colour = {None: "yellow", Verdict.FAILED: "red", Verdict.CHECKED: "yellow"}
         levels = " and ".join(report.level for report in reports if report.passed)
         word = verdict or (f"passed: {levels}, which is no verdict" if levels else "not validated")
-        self._out.print(f"[bold {colour.get(verdict, 'green')}]{word}[/]")
+        by = " and ".join(filter(None, map(_requirement, reports))) if verdict else ""
+        self._out.print(
+            f"[bold {colour.get(verdict, 'green')}]{word}[/]" + (by and f" by {escape(by)}")
+        )
 
     def validation(self, found: Validation) -> None:
         """The outcome of `qconvert validate`."""
@@ -209,14 +213,25 @@ class Screen:
                 self._out.print(escape(f"{found.repository} at {found.commit}"), soft_wrap=True)
             self.reports(found.reports, found.verdict)
 
+    def pushed(self, outcome: Pushed) -> None:
+        """The outcome of `qconvert push`."""
+        if self._json:
+            print_json({**asdict(outcome), "already": outcome.already})
+        elif self.talks:
+            self._pushed(outcome)
+
+    def _pushed(self, outcome: Pushed) -> None:
+        self._warn(outcome.warnings)
+        self._out.print(show_hub.pushed(outcome), soft_wrap=True)
+
     def _figures(self, figures: Figures) -> None:
         columns = show_calibration.COLUMNS
         self._out.print(show_calibration.table_of(figures, table(*columns, right=columns[1:4])))
         for note in show_calibration.remarks(figures):
             self._out.print(_indented(escape(note)))
 
-    def _warn(self, plan: Plan) -> None:
-        for warning in plan.warnings:
+    def _warn(self, warnings: Sequence[str]) -> None:
+        for warning in warnings:
             text = escape(printable(warning, _MOST_OF_WARNING))
             self._err.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
 
@@ -259,8 +274,9 @@ def plan_json(plan: Plan, seconds: float | None = None) -> JSON:
             }
             for entry in plan.entries
         },
+        "experts": [asdict(group) for group in mixture.groups(plan)],
         "skip_modules": list(plan.skip_modules),
-        "loaders": contract.load(plan.container.name).data["loaders"],
+        "loaders": list(mixture.loaders(plan)),
         "warnings": list(plan.warnings),
         "fingerprint": plan.fingerprint,
     }
@@ -291,10 +307,22 @@ def _summary(
         *([] if request.hub_to_hub else [("output", escape(str(output_folder(request, plan))))]),
         *(show_hub.target_rows(target) if target else []),
         ("size", f"{human_bytes(_source_bytes(plan))} → {human_bytes(plan.weight_bytes)}"),
+        *_experts(plan),
         ("bits per weight", bits),
         ("peak memory", f"≤ {human_bytes(plan.peak_bytes)}"),
         ("disk", f"{human_bytes(plan.disk_bytes)}"),
     ]
+
+
+def _experts(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What becomes of the experts, a line for each fate."""
+    numel = sum(entry.tensor.numel for entry in plan.entries)
+    for group in mixture.groups(plan):
+        fate = "quantized" if group.action is Action.QUANTIZE else "in full precision"
+        share = f"{100 * group.numel / numel:.1f} % of the weights"
+        bits = 8 * group.nbytes / max(1, group.numel)
+        where = escape(printable(group.module))
+        yield "experts", f"{group.count} in {where}: {fate}, {bits:.2f} bits, {share}"
 
 
 def _kept_table(plan: Plan) -> Table:
@@ -319,11 +347,18 @@ def _indented(text: str) -> Padding:
 
 
 def _level_line(report: Report) -> str:
+    by = _requirement(report)
+    level = report.level + (by and f" by {escape(by)}")
     if report.skipped:
-        return f"[yellow]–[/] {report.level}: not run, {escape(report.skipped)}"
+        return f"[yellow]–[/] {level}: not run, {escape(report.skipped)}"
     passed = sum(check.passed for check in report.checks)
     mark = "[green]✓[/]" if report.passed else "[red]✗[/]"
-    return f"{mark} {report.level}: {passed} of {len(report.checks)} checks passed"
+    return f"{mark} {level}: {passed} of {len(report.checks)} checks passed"
+
+
+def _requirement(report: Report) -> str:
+    """The loader that was asked for, where it is not the installed one."""
+    return printable(report.data.get("requirement", ""))
 
 
 def _source_bytes(plan: Plan) -> int:

@@ -29,7 +29,7 @@ def show(methods: Sequence[MethodInfo], contracts: Sequence[Contract], json: boo
     out.print(rows)
     out.print("Every method converts on any CPU.")
     for contract in contracts:
-        print_loaders(out, contract)
+        print_loaders(out, contract.name, contract.data["loaders"])
     out.print("\n✓ installed here in such a version, ✗ in another one, – not installed")
 
 

@@ -64,10 +64,11 @@ def target_rows(target: Target) -> list[tuple[str, str]]:
 
 
 def pushed(outcome: Pushed) -> str:
-    """The line that ends a push."""
-    where = escape(printable(outcome.pull_request or outcome.url))
+    """The lines that end a push."""
     access = "private" if outcome.private else "public"
+    where = f"[bold]{escape(printable(outcome.url))}[/] at {outcome.commit} ({access})"
+    if outcome.already:
+        return f"already there: {where}"
+    sent = f"{len(outcome.sent)} files, {human_bytes(outcome.uploaded_bytes)} sent"
     gone = ", ".join(escape(printable(name)) for name in outcome.deleted)
-    return f"pushed: [bold]{where}[/] at {outcome.commit} ({access})" + (
-        f"\ndeleted: {gone}" if gone else ""
-    )
+    return f"pushed: {where}\n{sent}" + (f"; deleted: {gone}" if gone else "")

@@ -35,16 +35,17 @@ _READERS: Mapping[str, str] = {
 """quant_method → the module whose `find` knows it."""
 
 
-def open_source(model: str, *, revision: str | None = None) -> Checkpoint:
+def open_source(model: str, *, revision: str | None = None, anew: bool = True) -> Checkpoint:
     """A source model, in full precision or decoded to it; see `source.open_checkpoint`.
 
+    `anew`: whether weights are to be quantized, of which a checkpoint that is already warns.
     Raises what that raises, UsageError for a quantization that is not decoded, and SourceErrors
     where the stored tensors are not what it says.
     """
-    return decoded(source.open_checkpoint(model, revision=revision, quantized=True))
+    return decoded(source.open_checkpoint(model, revision=revision, quantized=True), anew=anew)
 
 
-def decoded(checkpoint: Checkpoint) -> Checkpoint:
+def decoded(checkpoint: Checkpoint, *, anew: bool = True) -> Checkpoint:
     """A checkpoint as it is, or as its loader would dequantize it; headers and small tensors only.
 
     Raises as `open_source` does.
@@ -65,6 +66,6 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         )
     dtype = TORCH_NAMES[announced(checkpoint)]
     warning = f"decoded from {found.what} to {dtype}, as its loader does"
-    if found.integers:
+    if found.integers and anew:
         warning = f"the source is quantized already ({found.what}): errors add up"
     return full_precision(checkpoint, found, warning)

@@ -174,3 +174,24 @@ def transpose_mxfp4(blocks, scales, products, first, out):
                 if a < b:
                     _copy(tile[a - begin : b - begin, r - top], out[a - first : b - first])
         row += height
+
+
+@kernel
+def unpack_words(words, begin, wide, columns, bits, first, out):
+    """Codes of `bits` bits from flat element `first` on; a row of `columns` has `wide` words.
+
+    `words` begin with word `begin` of the tensor. A code may begin in one word and end in the next.
+    """
+    mask = np.uint32((1 << bits) - 1)
+    done = 0
+    while done < out.size:
+        row, column = (first + done) // columns, (first + done) % columns
+        count = min(columns - column, out.size - done)
+        for i in range(done, done + count):
+            bit = (column + i - done) * bits
+            at, shift = row * wide + bit // 32 - begin, bit % 32
+            code = words[at] >> np.uint32(shift)
+            if shift + bits > 32:
+                code |= words[at + 1] << np.uint32(32 - shift)
+            out[i] = np.uint8(code & mask)
+        done += count

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qconvert import modelconfig
 from qconvert.errors import CorruptFile
+from qconvert.source import SourceReader
+from qconvert.stored import read_raw
 from qconvert.types import (
     FLOAT_DTYPES,
     JSON,
@@ -115,6 +117,16 @@ def part(
             got=list(info.shape),
         )
     return info
+
+
+def read_small(checkpoint: Checkpoint, infos: Sequence[TensorInfo]) -> list[bytes]:
+    """The bytes of stored tensors; on the Hub they are fetched together."""
+    if checkpoint.remote and checkpoint.repository is not None:
+        from qconvert.hub.ranges import fetch_many
+
+        return fetch_many(checkpoint.repository, [(i.file, i.start, i.end) for i in infos])
+    with SourceReader(checkpoint) as reader:
+        return [read_raw(reader, info) for info in infos]
 
 
 def largest_first(parts: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:

@@ -3,7 +3,8 @@
 Layers, options and shapes are those that `stored.py` recovers. Its own dequantization is exact in
 float32; a loader computes in the dtype of the model, and rounds where its library rounds:
 
-- bitsandbytes: float32, rounded once, for 4 bits to the dtype that the quant_state names;
+- bitsandbytes: float32, rounded once, for 4 bits to the dtype that the quant_state names; its
+  kernels know the codebook and do not read the one in the file;
 - hqq: code less zero, and the product with the scale, each in `compute_dtype`;
 - EETQ: the product of code and scale in float16, as its kernel makes weights;
 - aqlm: the sum of the vectors, and the product with the scale, each in the codebooks' dtype.
@@ -21,7 +22,6 @@ from qconvert.decoding import parts
 from qconvert.decoding.found import Found, announced, largest_first, part
 from qconvert.decoding.scaled import (
     Bytes,
-    Codebook,
     Floats,
     Grid,
     Known,
@@ -170,9 +170,9 @@ class Slabs:
 def _bnb_4bit(of: _Parts) -> Scaled:
     method: Any = of.method
     size = method.blocksize
-    weight, absmax, codebook = of["weight"], of["weight.absmax"], of["weight.quant_map"]
+    weight, absmax = of["weight"], of["weight.absmax"]
     scales: Floats | Nested = Floats(absmax)
-    needed: tuple[TensorInfo, ...] = (weight, absmax, codebook)
+    needed: tuple[TensorInfo, ...] = (weight, absmax)
     if method.double_quant:
         nested, map_ = of["weight.nested_absmax"], of["weight.nested_quant_map"]
         state = of.json(f"weight.quant_state.bitsandbytes__{method.quant_type}")
@@ -182,7 +182,7 @@ def _bnb_4bit(of: _Parts) -> Scaled:
     return Scaled(
         parts=of.all(*needed),
         codes=Nibbles(weight, first_is_high=True),
-        meaning=Codebook(codebook),
+        meaning=Known(method.quant_type.upper()),
         grid=Grid(blocks, size, 1, size),
         scales=scales,
         dtype=of.layer.tensor.dtype,

@@ -1,7 +1,7 @@
 """Codes and scales: the encoding that nearly all formats share.
 
 A weight is (table[code] - zero) · scale. Formats differ in how a code of eight bits or fewer lies
-in its file (`Codes`), in what a code stands for (`Meaning`), in which weights share a scale
+in its file (`Codes`), in what a code stands for (`Known`), in which weights share a scale
 (`Grid`), and in the dtype that their libraries compute in: difference and product are each rounded
 to `computed`, and the product once more to the dtype of the weight.
 """
@@ -16,6 +16,7 @@ from typing import Protocol
 from qconvert import arrays
 from qconvert.decoding import parts
 from qconvert.lazy import np
+from qconvert.methods.bnb_4bit import codebook
 from qconvert.types import Array, ReadStored, TensorInfo
 
 
@@ -61,14 +62,6 @@ class Codes(Protocol):
         ...
 
 
-class Meaning(Protocol):
-    """What codes stand for."""
-
-    def read(self, read_stored: ReadStored) -> Array:
-        """float32 [256]; a code that means nothing is NaN."""
-        ...
-
-
 class Factors(Protocol):
     """Scales or zeros, one for each block of a `Grid`."""
 
@@ -83,7 +76,7 @@ class Scaled:
 
     parts: tuple[TensorInfo, ...]
     codes: Codes
-    meaning: Meaning
+    meaning: Known
     grid: Grid
     scales: Factors
     dtype: str
@@ -103,7 +96,7 @@ class Scaled:
         values = np.empty(stop_element - start_element, np.float32)
         kernels.decode(
             self.codes.read(read_stored, start_element, stop_element),
-            start_element, self.meaning.read(read_stored), zeros, scales, self.grid.numbers(),
+            start_element, self.meaning.table(), zeros, scales, self.grid.numbers(),
             kernels.KINDS[self.computed], values,
         )  # fmt: skip
         if self.factor is not None:
@@ -174,39 +167,26 @@ class Floats:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Codes of a number format."""
+    """What codes stand for."""
 
     name: str
-    """"U8", "I8", "E4M3", "E2M1", or "B4": 4 bits less 8, and so for 1 to 8 bits."""
+    """"U8", "I8", "E4M3", "E2M1", "NF4", "FP4", or "B4": 4 bits less 8, and so for 1 to 8 bits."""
 
-    def read(self, read_stored: ReadStored) -> Array:
+    def table(self) -> Array:
+        """float32 [256], by code; a code that means nothing is NaN."""
         return _table(self.name)
-
-
-@dataclass(frozen=True, slots=True)
-class Codebook:
-    """Codes that number the values of a tensor."""
-
-    part: TensorInfo
-
-    def read(self, read_stored: ReadStored) -> Array:
-        return _padded(parts.read_floats(read_stored, self.part, 0, self.part.numel))
 
 
 @cache
 def _table(name: str) -> Array:
     if name in _TABLES:
-        table = _padded(_TABLES[name]())
+        known = _TABLES[name]()
     else:
         bits = int(name.removeprefix("B"))
-        table = _padded(np.arange(2**bits, dtype=np.float32) - 2 ** (bits - 1))
-    table.setflags(write=False)
-    return table
-
-
-def _padded(values: Array) -> Array:
+        known = np.arange(2**bits) - 2 ** (bits - 1)
     table = np.full(256, np.nan, np.float32)
-    table[: len(values)] = values
+    table[: len(known)] = known
+    table.setflags(write=False)
     return table
 
 
@@ -220,6 +200,13 @@ def _e4m3() -> Array:
     return np.where(code < 128, values, -values)
 
 
+def _fp4() -> Array:
+    """The code of the sign alone is -0 in bitsandbytes' kernels, and 0 in the map it writes."""
+    values = codebook("fp4").copy()
+    values[8] = -0.0
+    return values
+
+
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = (*_HALF, *(-value for value in _HALF))
 """The values of a four-bit float."""
@@ -228,4 +215,6 @@ _TABLES: Mapping[str, Callable[[], Array]] = {
     "I8": lambda: np.arange(256, dtype=np.uint8).view(np.int8),
     "E4M3": _e4m3,
     "E2M1": lambda: np.array(E2M1),
+    "NF4": lambda: codebook("nf4"),
+    "FP4": _fp4,
 }

@@ -66,6 +66,7 @@ class BranchSink:
         self._progress = progress
         self._contents: dict[str, Content] = {}
         self._done: dict[str, Sealed] = {}
+        self._sent_bytes = 0
         self._read_notes()
 
     @property
@@ -107,6 +108,7 @@ class BranchSink:
         self.head = made.oid
         self._contents[shard.name] = content
         self._done[shard.name] = sealed
+        self._sent_bytes += sealed.size
 
     def finish(self, files: Mapping[str, Path], expected: Mapping[str, str]) -> Pushed:
         """One commit that makes the target hold every shard and `files`; the branch is deleted.
@@ -133,7 +135,15 @@ class BranchSink:
             elsewhere=Elsewhere(self.head, self._contents),
             progress=self._progress,
         )
-        return replace(done, warnings=(*done.warnings, *_delete(self.repo_id, self.branch)))
+        return replace(
+            done,
+            uploaded_bytes=done.uploaded_bytes + self._sent_bytes,
+            warnings=(*done.warnings, *_delete(self.repo_id, self.branch)),
+        )
+
+    def discard(self) -> tuple[str, ...]:
+        """Deletes the branch, of a plan that cannot succeed; what is left to say if that fails."""
+        return _delete(self.repo_id, self.branch)
 
     def _read_notes(self) -> None:
         tree = tree_of(self.repo_id, self.head)

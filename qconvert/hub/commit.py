@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from qconvert.errors import HubError, Network, PushIncomplete, RevisionMoved
-from qconvert.hub import client
+from qconvert.hub import client, failures
 from qconvert.hub.content import Content, difference, missing
 from qconvert.hub.target import head_of
 from qconvert.hub.tree import tree_of
@@ -97,7 +97,7 @@ def commit(
                 made = found
                 break
             cause = error.__cause__
-            headers = client.headers_of(cause) if isinstance(cause, Exception) else {}
+            headers = failures.headers_of(cause) if isinstance(cause, Exception) else {}
             if not backoff.wait(headers):
                 raise
     _check(repo_id, made.oid, outcome)
@@ -160,7 +160,7 @@ def _pull_after(repo_id: str, outcome: Outcome, error: HubError) -> Commit | Non
 
     No parent keeps a pull request from being opened twice.
     """
-    if client.status_of(error) in _NOT_DONE:
+    if failures.status_of(error) in _NOT_DONE:
         return None
     backoff = client.Backoff(2)
     while True:

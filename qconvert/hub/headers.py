@@ -2,20 +2,25 @@
 
 A header's length is only known from its first eight bytes, but it is guessed well from the names
 of the tensors in the index. So one request fetches a header where the guess suffices, and a second
-the rest where it does not, sixteen files at a time.
+the rest where it does not, sixteen files at a time. No hash tells of a part of a file whether it is
+as it was sent; but most bytes that may be flipped on the way leave no header, so one that is none
+is fetched anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
+from qconvert.errors import CorruptFile
 from qconvert.hub import client
 from qconvert.hub.ranges import CONNECTIONS, fetch_range
 from qconvert.tensors import PREFIX_BYTES, header_length, parse_header
 from qconvert.types import FileInfo, Repository, TensorInfo
 
 _LEAST = 1024
+_TRIES = 3
 
 
 def read_headers(
@@ -28,6 +33,9 @@ def read_headers(
     """
 
     def read(name: str) -> tuple[tuple[TensorInfo, ...], FileInfo]:
+        for _ in range(_TRIES - 1):
+            with suppress(CorruptFile):
+                return _read_header(repository, name, guesses[name])
         return _read_header(repository, name, guesses[name])
 
     client.prepare()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qconvert.errors import ContractViolation, HubError, printable
-from qconvert.hub import client
+from qconvert.hub import client, failures
 from qconvert.hub.commit import Commit, Outcome, commit, pull_with
 from qconvert.hub.content import Content, LocalFile, missing
 from qconvert.hub.stale import stale
@@ -150,7 +150,7 @@ def validate_card(repo_id: str, card: bytes) -> None:
     try:
         client.call(ask, repo_id, write=True)
     except HubError as error:
-        if client.status_of(error) != 400:
+        if failures.status_of(error) != 400:
             raise
         raise ContractViolation(
             f"the Hub refuses the card's metadata: {printable(_complaints(error.__cause__))}",
@@ -163,7 +163,7 @@ def _complaints(cause: Any) -> str:
         found = cause.response.json()["errors"]
         return "; ".join(str(complaint["message"]) for complaint in found)
     except (ValueError, KeyError, TypeError):
-        return client.server_message(cause) or "it does not say why"
+        return failures.server_message(cause) or "it does not say why"
 
 
 def _copies(names: Iterable[str], revision: str) -> list[Any]:

@@ -184,8 +184,9 @@ def compare(root: Path, name: str, promised: RemoteFile, stop: Event | None = No
 
 def _folder(repo_id: str) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
 
-    return Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+    return Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
 
 
 def _snapshots(repo_id: str) -> list[Path]:

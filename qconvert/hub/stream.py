@@ -5,7 +5,8 @@ when it is full they wait. One thread hashes what has arrived, in order, from by
 each file. A chunk leaves the window when it is hashed and every tensor in it has been released.
 
 No deadlock: tensors are taken up in (file, offset) order, so of all that are not yet released the
-first is at work; everything before it can go, and the window holds more than the largest tensor.
+first is at work; everything before it can go, but for what later ones are decoded from, and the
+window holds more than that and the largest tensor (see `window.py`).
 Who reads far ahead of that order, or never releases a tensor, waits for ever.
 
 A hash is known when its file has ended, long after its first tensors were used. So whatever was
@@ -15,7 +16,7 @@ made of a file counts only after `check(file)`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Any
@@ -23,10 +24,11 @@ from typing import Any
 from qconvert.errors import CorruptFile
 from qconvert.hub.content import git_hash
 from qconvert.hub.transfer import Fetcher
+from qconvert.hub.window import MOST_CHUNK, held_bytes
 from qconvert.source import span
+from qconvert.tensors import PREFIX_BYTES
 from qconvert.types import Array, Checkpoint, TensorInfo
 
-_MOST_CHUNK = 16 << 20
 _LEAST_CHUNK = 4096
 
 
@@ -50,7 +52,6 @@ class _Chunk:
 class _File:
     size: int
     chunks: list[_Chunk]
-    header_bytes: int
     outcome: CorruptFile | None = None
     ended: bool = False
     """The hash is known: `outcome` says what is wrong with the file, if anything."""
@@ -89,28 +90,23 @@ class StreamReader:
         on_verified: Callable[[str, str], None] | None = None,
         on_bytes: Callable[[int], None] | None = None,
     ) -> None:
-        """`window_bytes` bounds the bytes held (see `footprint`), or the largest tensor and two
-        chunks if that is more."""
+        """`window_bytes` bounds the bytes held (see `footprint`), or what has to be held at least
+        (see `window.py`) and two chunks if that is more."""
         if checkpoint.repository is None:
             raise ValueError(f"{checkpoint.name} is not on the Hub")
         self._checkpoint = checkpoint
         self._repository = checkpoint.repository
         self._on_verified, self._on_bytes = on_verified, on_bytes
-        tensors = [t for t in checkpoint.tensors.values() if t.file in set(files)]
-        largest = max((tensor.nbytes for tensor in tensors), default=0)
-        self._chunk_bytes = min(
-            _MOST_CHUNK, max(_LEAST_CHUNK, (window_bytes - largest) // (4 * connections))
-        )
-        self.window_bytes = max(window_bytes, largest + 2 * self._chunk_bytes)
+        ahead = window_bytes - held_bytes(checkpoint, files)
+        self._chunk_bytes = min(MOST_CHUNK, max(_LEAST_CHUNK, ahead // (4 * connections)))
+        least = held_bytes(checkpoint, files, self._chunk_bytes)
+        self.window_bytes = max(window_bytes, least + 2 * self._chunk_bytes)
         self.most_held = 0
         """Bytes that the window has held at most."""
         self._files = {name: self._cut(name, checkpoint.files[name].size) for name in files}
         self._queue = iter([chunk for file in self._files.values() for chunk in file.chunks])
         self._next = next(self._queue, None)
-        for tensor in tensors:
-            self._files[tensor.file].header_bytes = min(
-                self._files[tensor.file].header_bytes, tensor.start
-            )
+        for tensor in checkpoint.tensors.values():
             for chunk in self._chunks(tensor):
                 chunk.unreleased += 1
         self._released: set[str] = set()
@@ -149,6 +145,17 @@ class StreamReader:
     def read(
         self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
     ) -> None:
+        encoded = self._checkpoint.encoded.get(tensor.name)
+        if encoded is None:
+            self.read_stored(tensor, start_element, stop_element, out)
+        elif start_element < stop_element:
+            _, view = span(tensor, start_element, stop_element, out)
+            encoded.read(self.read_stored, start_element, stop_element, view)
+
+    def read_stored(
+        self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
+    ) -> None:
+        """The same of a part, which is released with its tensor."""
         offset, view = span(tensor, start_element, stop_element, out)
         done = 0
         while done < view.nbytes:
@@ -171,9 +178,9 @@ class StreamReader:
 
     def release(self, tensor: TensorInfo) -> None:
         with self._changed:
-            if tensor.file not in self._files or tensor.name in self._released:
+            if tensor.name in self._released:
                 return
-            self._released.add(tensor.name)
+            self._released |= {tensor.name, *(p.name for p in self._checkpoint.parts(tensor))}
             for chunk in self._chunks(tensor):
                 chunk.unreleased -= 1
                 self._drop(chunk)
@@ -206,11 +213,14 @@ class StreamReader:
     def _cut(self, name: str, size: int) -> _File:
         starts = range(0, size, self._chunk_bytes)
         chunks = [_Chunk(name, at, min(size, at + self._chunk_bytes)) for at in starts]
-        return _File(size, chunks, header_bytes=size)
+        return _File(size, chunks)
 
-    def _chunks(self, tensor: TensorInfo) -> Sequence[_Chunk]:
-        first, last = tensor.start // self._chunk_bytes, -(-tensor.end // self._chunk_bytes)
-        return self._files[tensor.file].chunks[first:last] if tensor.nbytes else ()
+    def _chunks(self, tensor: TensorInfo) -> Iterator[_Chunk]:
+        """Those with bytes of a tensor, once for each of its parts."""
+        for part in self._checkpoint.parts(tensor):
+            if part.nbytes and part.file in self._files:
+                first, last = part.start // self._chunk_bytes, -(-part.end // self._chunk_bytes)
+                yield from self._files[part.file].chunks[first:last]
 
     def _take(self) -> tuple[_Chunk, bytearray] | None:
         """The next chunk to fetch and where to put it, when there is room for it."""
@@ -258,7 +268,7 @@ class StreamReader:
     def _hash(self) -> None:
         for name, file in self._files.items():
             digests = _Hash(file.size)
-            header = hashlib.sha256()
+            header, header_bytes = hashlib.sha256(), 0
             for chunk in file.chunks:
                 with self._changed:
                     while not chunk.there:
@@ -269,8 +279,10 @@ class StreamReader:
                 digests.sha256.update(data)
                 if self._repository.files[name].sha256 is None:
                     digests.git.update(data)
-                if chunk.start < file.header_bytes:
-                    header.update(data[: file.header_bytes - chunk.start])
+                if chunk.start == 0:
+                    header_bytes = PREFIX_BYTES + int.from_bytes(data[:PREFIX_BYTES], "little")
+                if chunk.start < header_bytes:
+                    header.update(data[: header_bytes - chunk.start])
                 with self._changed:
                     chunk.hashed = True
                     self._drop(chunk)

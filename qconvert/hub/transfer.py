@@ -18,7 +18,7 @@ from urllib.parse import urljoin, urlsplit
 from weakref import WeakSet
 
 from qconvert.errors import CorruptFile, Network, printable
-from qconvert.hub import client
+from qconvert.hub import client, failures
 from qconvert.types import Repository
 
 RETRIES = 6
@@ -56,7 +56,7 @@ class Fetcher:
         Raises the errors of `client.call`, and CorruptFile for a file of another size than the
         tree says. After `close` it raises.
         """
-        transport = client.httpx().TransportError
+        transport = failures.httpx().TransportError
         filling = _Filling(out, start, received)
         backoff = client.Backoff(RETRIES, self._stop)
         well = 0
@@ -67,8 +67,8 @@ class Fetcher:
                 self._request(repository, name, filling)
                 why: Exception = Network(f"the connection breaks within {repository.id}/{name}")
             except transport as e:
-                why = client.translated(e, repository.id, repository.commit)
-                connected = client.connected(e)
+                why = failures.translated(e, repository.id, repository.commit)
+                connected = failures.connected(e)
             except _Refused as e:
                 why, headers = e.why, e.headers
             if filling.done - well >= _PROGRESS:
@@ -205,21 +205,21 @@ def _refusal(response: Any, repository: Repository, name: str, at_hub: bool) -> 
         try:
             hf_raise_for_status(response)
         except HfHubHTTPError as e:
-            why: Exception = client.translated(e, repository.id, repository.commit)
+            why: Exception = failures.translated(e, repository.id, repository.commit)
             why.__cause__ = e
     else:
         why = Network(f"the storage of the Hub answers {status} for {repository.id}/{name}")
-    if status in client.PASSING or not at_hub:  # there a signed URL may just have expired
+    if status in failures.PASSING or not at_hub:  # there a signed URL may just have expired
         return _Refused(why, response.headers)
     return why
 
 
 def _target(url: str, location: str) -> str:
     """Where a redirect leads; raises Network where that is no address."""
-    invalid = client.httpx().InvalidURL
+    invalid = failures.httpx().InvalidURL
     try:
         target = urljoin(url, location)
-        client.httpx().URL(target)
+        failures.httpx().URL(target)
         _origin(target)
     except (ValueError, invalid):
         raise Network(f"the Hub leads to no address: {printable(location)}") from None

@@ -209,3 +209,40 @@ class HQQ:
             "compute_dtype": self.compute_dtype,
             "zero": self.zero,
         }
+
+
+def with_integer_zeros(
+    bits: int = 4,
+    group_size: int = 64,
+    axis: int = 1,
+    compute_dtype: str = "BF16",
+    zero: str | None = None,
+) -> HQQ:
+    """HQQ for containers of 4 and 8 bits, whose kernels know few sizes of groups.
+
+    `zero` is "integer" or "middle": by default the former at 4 bits, and the latter at 8, where
+    few kernels take zero points and they gain little. Raises UsageError for other options.
+    """
+    zero = zero or ("integer" if bits == 4 else "middle")
+    for option, value, allowed in (
+        ("bits", bits, (8, 4)),
+        ("group_size", group_size, (32, 64, 128, -1)),
+        ("zero", zero, ("integer", "middle")),
+    ):
+        if value not in allowed:
+            listed = ", ".join(str(choice) for choice in allowed)
+            raise UsageError(
+                f"{option} of hqq where zeros are codes",
+                expected=f"one of {listed}",
+                got=value,
+                hint="without --container, qconvert hqq has more of them",
+            )
+    return HQQ(bits, group_size, axis, compute_dtype, zero)
+
+
+def int8_rows(compute_dtype: str = "BF16") -> HQQ:
+    """8 bits, symmetric, a scale for each output channel: int8 by least squares.
+
+    A 127th of the largest magnitude, rounded to bfloat16, makes an error that is 2 % larger.
+    """
+    return HQQ(8, -1, 1, compute_dtype, "middle")

@@ -31,13 +31,27 @@ class Compared:
     """By name of a tensor that was tuned."""
 
 
-def numeric_report(stored: Stored, compared: Compared, source_sha256: Mapping[str, str]) -> Report:
-    """Judges what `compared` says of a checkpoint; `stored` is as its model sees it."""
+def numeric_report(
+    stored: Stored,
+    compared: Compared,
+    source_sha256: Mapping[str, str],
+    *,
+    transcoded: bool = False,
+) -> Report:
+    """Judges what `compared` says of a checkpoint; `stored` is as its model sees it.
+
+    `transcoded`: its codes are the source's own.
+    """
+    figures = _figures(stored, compared.layers) if stored.layers else {}
+    if transcoded:
+        judged = [_check("every weight is the source's", _moved(stored, compared.layers))]
+        figures.pop("worst_tensors")
+    else:
+        judged = _judge(stored, compared.layers) if stored.layers else []
     checks = [
-        *(_judge(stored, compared.layers) if stored.layers else []),
+        *judged,
         _check("copies are the source's", _changed(stored, compared.copies)),
     ]
-    figures = _figures(stored, compared.layers) if stored.layers else {}
     if changes := compared.changes:
         checks.append(_check("tuned tensors are close to the source's", too_far(stored, changes)))
         largest = max(found.relative for found in changes.values())
@@ -56,6 +70,13 @@ def _changed(stored: Stored, copies: Mapping[str, int]) -> Iterable[str]:
             info = stored.copies[name]
             where = f"{info.file}, tensor {name}"
             yield f"{where}: {differing:,} of {info.numel:,} values differ"
+
+
+def _moved(stored: Stored, layers: Mapping[str, Errors]) -> Iterable[str]:
+    """Layers that do not come back as they were."""
+    for name, errors in layers.items():
+        if errors.non_finite or errors.max_abs:
+            yield f"{_file(stored, name)}, layer {name}: off by up to {errors.max_abs:g}"
 
 
 def _judge(stored: Stored, layers: Mapping[str, Errors]) -> list[Check]:

@@ -43,6 +43,7 @@ def main() -> None:
 
     tell("libraries")
     from qconvert.types import Check
+    from qconvert.validation.environments import Environment
     from qconvert.validation.steps import Impossible, Reload
 
     reload = Reload(
@@ -53,6 +54,7 @@ def main() -> None:
         seed=request["seed"],
         max_tokens=request["max_tokens"],
         tell=tell,
+        environment=Environment.from_json(request["environment"]),
     )
     skipped = ""
     try:

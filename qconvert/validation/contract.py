@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from reprlib import repr as shortened
 from typing import Any
 
@@ -121,7 +121,7 @@ def _skip_list(stored: Stored, structure: Structure) -> Iterable[str]:
     for path, name in structure.modules.items():
         spelled = [spelling.format(path=path) for spelling in spellings]
         missing = [other for other in spelled[1:] if other not in entries]
-        covered = path in entries or any(_covers(entry, path) for entry in entries)
+        covered = _covered(path, entries)
         if path in quantized:
             if covered or entries.intersection(spelled):
                 yield f"config.json, {key}: {path} is listed, and quantized"
@@ -133,12 +133,34 @@ def _skip_list(stored: Stored, structure: Structure) -> Iterable[str]:
         elif not covered or missing:
             absent = path if not covered else missing[0]
             yield f"config.json, {key}: {absent} is missing, as some loaders spell it"
+    yield from _experts(structure, quantized, entries, key)
     yield from _absent(structure)
 
 
-def _covers(entry: str, path: str) -> bool:
-    """Whether a skip-list entry means a module: its path, a prefix of it, or its last names."""
-    return path == entry or path.startswith(f"{entry}.") or path.endswith(f".{entry}")
+def _experts(
+    structure: Structure, quantized: Set[str], entries: Set[str], key: str
+) -> Iterable[str]:
+    """Where an expert is quantized, transformers 4 is to load it, which builds all of them."""
+    experts = [
+        name.removesuffix(".weight")
+        for name, role in structure.roles.items()
+        if role.kind is Kind.EXPERT
+    ]
+    some = not quantized.isdisjoint(experts)
+    for name in experts:
+        if _covered(name, entries) and name in quantized:
+            yield f"config.json, {key}: the expert {name} is listed, and quantized"
+        elif some and name not in quantized and not _covered(name, entries):
+            yield f"config.json, {key}: the expert {name} is neither quantized nor listed"
+
+
+def _covered(path: str, entries: Set[str]) -> bool:
+    """Whether skip-list entries mean a module: its path, a prefix of it, or its last names."""
+    names = path.split(".")
+    return any(
+        ".".join(names[:at]) in entries or ".".join(names[at - 1 :]) in entries
+        for at in range(1, len(names) + 1)
+    )
 
 
 # ── tensors ──────────────────────────────────────────────────────────────────────────────────

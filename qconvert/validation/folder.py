@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 
-from qconvert import modelconfig
+from qconvert import contract, modelconfig
 from qconvert.containers.plain import PLAIN
 from qconvert.decoding import open_source
 from qconvert.errors import (
@@ -23,7 +24,9 @@ from qconvert.shards import read_weights
 from qconvert.source import SourceReader, localize, looks_local, open_checkpoint
 from qconvert.stored import Stored, open_stored, open_target, seen, split_revision
 from qconvert.types import JSON, Checkpoint, Plan, Progress, Report
+from qconvert.validation import environments
 from qconvert.validation.contract import check_contract, unreadable
+from qconvert.validation.environments import Environment
 from qconvert.validation.reports import (
     CONTRACT,
     LEVELS,
@@ -55,6 +58,7 @@ def validate_folder(
     against: str | Path | None = None,
     revision: str | None = None,
     levels: Collection[str] | None = None,
+    loaders: Sequence[str] = (),
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Validation:
@@ -66,16 +70,20 @@ def validate_folder(
     and "all": all by default, but of a repository the first two, which read it by ranges. To be
     reloaded, at most 2 GB of it are fetched whole, else the first two blocks.
 
-    Nothing is written but the Hub's cache. What the checkpoint holds is reported, not raised;
-    NotFound and UsageError are raised for one that is not there, not quantized, or levels that do
-    not exist, the errors of `open_source` for `against`, those of the Hub, and CorruptFile if a
-    file of the source changes meanwhile.
+    `loaders` are others than the installed one, such as "transformers==4.57.6": the reload level
+    runs once with each, in an environment that is made for it (see `environments.make`).
+
+    Nothing is written but the Hub's cache, and environments. What the checkpoint holds is reported,
+    not raised; NotFound and UsageError are raised for one that is not there, not quantized, or
+    levels that do not exist, the errors of `environments.make`, of `open_source` for `against`,
+    those of the Hub, and CorruptFile if a file of the source changes meanwhile.
     """
     asked = set(levels or ())
     if unknown := sorted(asked - {*LEVELS, ALL}):
         raise UsageError(
             f"unknown level {unknown[0]!r}", hint=f"--level {' or --level '.join(LEVELS)}"
         )
+    specs = [environments.parse(text) for text in loaders]
     try:
         stored = open_target(path, revision)
     except _ALWAYS_RAISED:
@@ -85,6 +93,8 @@ def validate_folder(
     afar = stored.checkpoint.remote
     if not asked or ALL in asked:
         asked = {CONTRACT, NUMERIC} if afar and not asked else set(LEVELS)
+    if specs:
+        asked.add(RELOAD)
     if against is None:
         source = _demo(stored)
     else:
@@ -98,7 +108,11 @@ def validate_folder(
             hint=f"--against {_claimed_source(stored)}",
         )
     wanted = [level for level in LEVELS if level in asked]
-    return _prove(wanted, stored, source, device=device, progress=progress)
+    library = stored.container.name
+    if contract.load(library).no_reload:
+        specs = []
+    places = [environments.make(spec, library, progress) for spec in specs]
+    return _prove(wanted, stored, source, places=places, device=device, progress=progress)
 
 
 def validate_plan(
@@ -178,20 +192,23 @@ def _prove(
     *,
     plan: Plan | None = None,
     numeric: Report | None = None,
+    places: Sequence[Environment] = (),
     device: str,
     progress: Progress | None,
 ) -> Validation:
     structure = plan.structure if plan else None
-    run: dict[str, Callable[[], Report]] = {
-        CONTRACT: lambda: check_contract(stored, structure=structure, plan=plan),
-        NUMERIC: lambda: numeric or _numeric(stored, source, plan, progress),
-        RELOAD: lambda: _reload(stored, source, device, progress),
+    run: dict[str, list[Callable[[], Report]]] = {
+        CONTRACT: [lambda: check_contract(stored, structure=structure, plan=plan)],
+        NUMERIC: [lambda: numeric or _numeric(stored, source, plan, progress)],
+        RELOAD: [
+            partial(_reload, stored, source, place, device, progress) for place in places or (None,)
+        ],
     }
     reports: list[Report] = []
     for level in levels:
         failed = [r.level for r in reports if not r.passed and not r.skipped]
         skip = Report(level, [], skipped=f"the {failed[0]} level failed") if failed else None
-        reports.append(skip or run[level]())
+        reports += [skip] if skip else [each() for each in run[level]]
     return _validation(reports, stored)
 
 
@@ -211,11 +228,15 @@ def _numeric(
 
 
 def _reload(
-    stored: Stored, source: Checkpoint | None, device: str, progress: Progress | None
+    stored: Stored,
+    source: Checkpoint | None,
+    place: Environment | None,
+    device: str,
+    progress: Progress | None,
 ) -> Report:
     from qconvert.validation.reload import check_reload
 
-    report = check_reload(stored, source, device=device, progress=progress)
+    report = check_reload(stored, source, device=device, environment=place, progress=progress)
     if source is not None and not source.remote:
         with SourceReader(source) as reader:  # the child opened the files anew
             for file in source.files:

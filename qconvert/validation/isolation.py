@@ -27,6 +27,9 @@ _KEPT = {
 }  # fmt: skip
 _KEPT_PREFIXES = ("CUDA_", "NVIDIA_", "ROCR_", "HIP_", "OMP_", "MKL_", "KMP_", "NUMBA_", "BNB_")
 
+SERIAL = {"NUMBA_NUM_THREADS": "1"}
+"""For loaders of AQLM: threads of aqlm 1.1.7's CPU kernel add to the same sums without a lock."""
+
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _PR_SET_PDEATHSIG = 1
 _LOOKUPS = {"socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"}

@@ -13,7 +13,7 @@ from typing import Any
 
 from qconvert import contract
 from qconvert.stored import Stored
-from qconvert.types import JSON, Check, Structure
+from qconvert.types import JSON, Check, Kind, Structure
 from qconvert.validation.measure import Text, divergence, relative_error
 from qconvert.validation.reports import listed, rounded
 
@@ -34,7 +34,8 @@ def classes(stored: Stored, found: Mapping[str, str], structure: Structure) -> C
     """Every quantized layer has the loader's class, and nothing else has.
 
     `found` is the class of every module by its path in memory, as `class_of` names it. Another
-    version may have a module elsewhere: then under its name on disk, alone or in "model".
+    version may have a module elsewhere: then under its name on disk, alone or in "model". Experts
+    that are merged as they are loaded have no class of their own.
     """
     variants = contract.load(stored.container.name).variants
     on_disk = structure.modules
@@ -43,9 +44,17 @@ def classes(stored: Stored, found: Mapping[str, str], structure: Structure) -> C
         name = on_disk.get(path) or path
         return next((it for it in (path, name, f"model.{name}") if it in found), path)
 
+    merged = {
+        name
+        for name, (layer, _) in stored.layers.items()
+        if there(layer.module) not in found
+        and (role := structure.roles.get(layer.tensor.name)) is not None
+        and (role.kind is Kind.EXPERT and role.module in found)
+    }
     expected = {
         there(layer.module): variants[stored.container.variant(method)]["layer_class"]
-        for layer, method in stored.layers.values()
+        for name, (layer, method) in stored.layers.items()
+        if name not in merged
     }
     wrong = [
         f"{path}: expected {wanted}, got {found.get(path, 'no such layer')}"
@@ -53,6 +62,7 @@ def classes(stored: Stored, found: Mapping[str, str], structure: Structure) -> C
         if _package_and_name(found.get(path, "")) != _package_and_name(wanted)
     ]
     packages = {_package_and_name(wanted)[0] for wanted in expected.values()}
+    packages -= {"torch"}  # where a loader dequantizes, all layers look alike
     wrong += [
         f"{path}: expected a layer in full precision, got {got}"
         for path, got in found.items()
@@ -60,12 +70,13 @@ def classes(stored: Stored, found: Mapping[str, str], structure: Structure) -> C
     ]
     wrong += [f"{path}: no such layer" for path in on_disk if there(path) not in found]
     kinds = ", ".join(sorted(set(expected.values())))
-    kept = len(on_disk) - len(expected)
+    kept = sum(there(path) not in expected for path in on_disk)
+    parts = [f"{len(expected)} × {kinds}"] if expected else []
+    parts += [f"{len(merged)} experts, merged"] if merged else []
     return Check(
         "every layer has its class",
         not wrong,
-        listed(wrong)
-        or (f"{len(expected)} × {kinds}, " if expected else "") + f"{kept} in full precision",
+        listed(wrong) or ", ".join([*parts, f"{kept} in full precision"]),
     )
 
 

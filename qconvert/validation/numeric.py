@@ -18,11 +18,15 @@ Where codes are chosen for what a layer reads (AQLM), its weights may be far off
 nothing ever comes from, and errors say little. The gain of a row says more: a scale that is doubled
 or halved makes it twice or half of what the other rows have.
 
+What was transcoded holds the source's own codes, so that every weight has to be the same, computed
+in float32 on both sides. So has every weight that was dequantized.
+
 Norms and biases that were tuned with their block may differ from the source's, by as much as the
 format's contract allows, if the plan or the manifest says that they were.
 
 The source's files are hashed meanwhile: the report holds for exactly these bytes, and can be cited
-later without them. Of files on the Hub, which are read by ranges, the tree tells the hashes.
+later without them. Of files on the Hub, which are read by ranges, the tree tells the hashes, and
+of downloaded ones that were compared with the tree once already.
 """
 
 from __future__ import annotations
@@ -38,6 +42,9 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from qconvert import linears
+from qconvert.decoding.exact import exact
+from qconvert.planning import announced_dtype
+from qconvert.registry import TRANSCODE
 from qconvert.source import SourceReader
 from qconvert.stored import LayerReader, Stored
 from qconvert.types import (
@@ -80,11 +87,19 @@ def check_numeric(
     Memory: `threads` tiles of about 4 M weights. Raises CorruptFile if a file changes meanwhile,
     and HubErrors where one of the two is on the Hub.
     """
+    transcoded = is_transcoded(stored, plan)
+    if transcoded or _other_dtype(stored, checkpoint):
+        checkpoint = exact(checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     stored = stored.seen_as(structure or linears.structure(checkpoint.config, shapes))
     afar = checkpoint.remote or stored.checkpoint.remote
     workers = threads or (_READERS if afar else len(os.sched_getaffinity(0)))
-    here = [] if checkpoint.remote else list(checkpoint.files)
+    known = {
+        name: file.sha256
+        for name, file in checkpoint.files.items()
+        if file.sha256 and (checkpoint.remote or name in checkpoint.proved)
+    }
+    here = [] if checkpoint.remote else [n for n in checkpoint.files if n not in known]
     with ExitStack() as stack:
         source = stack.enter_context(SourceReader(checkpoint))
         result = stack.enter_context(stored.reader())
@@ -99,12 +114,29 @@ def check_numeric(
         compared = Compared(
             comparison.layers(), comparison.copies(tuned), comparison.changes(tuned)
         )
-        for file in here:
+        known |= hashing.result()
+        for file in () if checkpoint.remote else checkpoint.files:
             source.check_unchanged(file)
-        sha256 = hashing.result()
-    if checkpoint.remote:
-        sha256 = {name: file.sha256 for name, file in checkpoint.files.items() if file.sha256}
-    return numeric_report(stored, compared, sha256)
+    sha256 = {name: known[name] for name in checkpoint.files if name in known}
+    return numeric_report(stored, compared, sha256, transcoded=transcoded)
+
+
+def is_transcoded(stored: Stored, plan: Plan | None) -> bool:
+    """Whether the codes are said to be the source's own, by the plan or else by the manifest.
+
+    Nothing is gained by saying so: then every weight has to be the same.
+    """
+    if plan is not None:
+        return bool(plan.codes)
+    method = (stored.manifest or {}).get("method")
+    return isinstance(method, dict) and method.get("verb") == TRANSCODE.verb
+
+
+def _other_dtype(stored: Stored, checkpoint: Checkpoint) -> bool:
+    """Whether a source was dequantized to another dtype than its loader's."""
+    if stored.layers or not checkpoint.encoded:
+        return False
+    return announced_dtype(stored.checkpoint) != announced_dtype(checkpoint)
 
 
 @dataclass(frozen=True, slots=True)

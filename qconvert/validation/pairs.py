@@ -75,5 +75,5 @@ def _groups(block: Array, layer: LayerReader) -> Array:
     method: Any = layer.method
     if getattr(method, "axis", 1) == 0:
         return np.ascontiguousarray(block.T)
-    size = getattr(method, "group_size", None) or getattr(method, "blocksize", None)
-    return block.reshape(-1, size or layer.layer.in_features)
+    size = getattr(method, "group_size", 0) or getattr(method, "blocksize", 0)
+    return block.reshape(-1, size if size > 0 else layer.layer.in_features)

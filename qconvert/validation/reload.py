@@ -31,6 +31,7 @@ from qconvert.stored import Stored
 from qconvert.text import human_bytes
 from qconvert.types import JSON, Check, Checkpoint, Progress, Report
 from qconvert.validation import isolation, truncate
+from qconvert.validation.environments import Environment
 from qconvert.validation.reports import RELOAD
 
 HELD_OUT = Path(__file__).parent.parent / "demo" / "heldout.txt"
@@ -40,8 +41,6 @@ TIMEOUT = 1800.0
 WHOLE_BYTES = 2_000_000_000
 """Of weights on the Hub, source and result together: what is fetched whole to be reloaded."""
 
-_ENVIRONMENT = {"aqlm": {"NUMBA_NUM_THREADS": "1"}}
-"""By format. Threads of aqlm 1.1.7's CPU kernel add to the same sums without a lock."""
 _STDERR_LINES = 12
 
 
@@ -54,6 +53,7 @@ def check_reload(
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
     timeout: float = TIMEOUT,
+    environment: Environment | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Loads a quantized checkpoint with its stock loader, in a child process, and measures it.
@@ -62,13 +62,15 @@ def check_reload(
     divergence to compare, only the loader against our own dequantization. `device` is "auto"
     (a GPU where there is one), "cpu" or "cuda". `text` is what perplexity is taken on, the
     demo's held-out text by default; at most `max_tokens` of it. `timeout` is in seconds.
+    `environment` is where the loader is, if it is another than the one that is installed here.
 
     Report.data: loader, device, device_name, dtype, tokens, loaded_bytes (of the stock loader's
     model, on CUDA with peak_bytes while it ran), loader_error, and against the source perplexity,
     source_perplexity, kl_divergence (nats a token, source ‖ quantized), top1_agreement, samples
     {prompt, source, quantized}; `truncated` when only the first two blocks were loaded, without
-    the bytes then. Never raises for what the files or the loader do: that is in the report.
-    Raises the errors of reading where one of the two is on the Hub.
+    the bytes then; `requirement`, the loader as it was asked for, if that is elsewhere. Never
+    raises for what the files or the loader do: that is in the report. Raises the errors of reading
+    where one of the two is on the Hub.
     """
     if refusal := contract.load(stored.container.name).no_reload:
         return Report(RELOAD, [], skipped=refusal)
@@ -78,6 +80,7 @@ def check_reload(
         "seed": seed,
         "max_tokens": max_tokens,
         "parent": os.getpid(),
+        "environment": environment and environment.to_json(),
     }
     blocks, why = _extent(stored, source)
     with tempfile.TemporaryDirectory(prefix="qconvert-reload-") as temporary:
@@ -87,12 +90,14 @@ def check_reload(
             request["source"] = source and _place(source, scratch / "source", blocks, progress)
         except ValueError as reason:
             return Report(RELOAD, [], skipped=f"{why}, and {reason}")
-        environment = _ENVIRONMENT.get(stored.container.name, {})
-        report = _run(request, environment, scratch, timeout, progress)
+        serial = isolation.SERIAL if stored.container.name == "aqlm" else {}
+        report = _run(request, serial, scratch, timeout, progress)
     if blocks is not None and not report.skipped:
         report.data["truncated"] = f"first {blocks} blocks: {why}"
         for figure in ("loaded_bytes", "peak_bytes"):
             report.data.pop(figure, None)
+    if environment is not None:
+        report.data["requirement"] = environment.spec.text
     return report
 
 
@@ -119,7 +124,7 @@ def _place(
 
 def _run(
     request: JSON,
-    environment: Mapping[str, str],
+    variables: Mapping[str, str],
     scratch: Path,
     timeout: float,
     progress: Progress | None,
@@ -132,7 +137,7 @@ def _run(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            env={**isolation.environment(home), **environment},
+            env={**isolation.environment(home), **variables},
         )
         overdue = threading.Event()
 

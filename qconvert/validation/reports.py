@@ -4,6 +4,8 @@
     checked    contract and numeric passed, and a reload is impossible here
     failed     a check of any level did not pass
 
+A reload with several loaders has a report for each, and counts as done if all were.
+
 There is no word for less: a folder whose numbers were not compared with its source has not been
 proved, however good its contract is, and `Validation.verdict` is then None.
 """
@@ -71,10 +73,10 @@ def verdict(reports: Sequence[Report]) -> Verdict | None:
     """The verdict of architecture.md, or None when a level was left out or could not compare."""
     if any(not r.passed and not r.skipped for r in reports):
         return Verdict.FAILED
-    by_level = {report.level: report for report in reports}
-    if by_level.keys() != set(LEVELS) or any(by_level[n].skipped for n in (CONTRACT, NUMERIC)):
+    skipped = {report.level for report in reports if report.skipped}
+    if {report.level for report in reports} != set(LEVELS) or skipped & {CONTRACT, NUMERIC}:
         return None
-    return Verdict.CHECKED if by_level[RELOAD].skipped else Verdict.VERIFIED
+    return Verdict.CHECKED if RELOAD in skipped else Verdict.VERIFIED
 
 
 def require(reports: Iterable[Report]) -> None:

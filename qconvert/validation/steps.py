@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 
+from qconvert import mixture
 from qconvert.stored import Stored, open_stored
 from qconvert.types import JSON, Check
 from qconvert.validation import judge, loaders, measure
+from qconvert.validation.elsewhere import Elsewhere
+from qconvert.validation.environments import Environment
 from qconvert.validation.measure import Text
 from qconvert.validation.observed import Here, Observed
 
@@ -39,6 +42,8 @@ class Reload:
     seed: int
     max_tokens: int
     tell: Callable[[str], None]
+    environment: Environment | None = None
+    """Where the loader is, if it is not the stock loader of this one."""
     checks: list[Check] = field(default_factory=list)
     data: JSON = field(default_factory=dict)
 
@@ -48,10 +53,15 @@ class Reload:
         stored = open_stored(self.folder, plain=True)
         structure = stored.structure()
         stored = stored.seen_as(structure)
+        unread = mixture.unread(
+            structure, stored.container, (it for it, _ in stored.layers.values())
+        )
+        if unread and self.environment is None:
+            raise Impossible(f"{unread} (--loader transformers==4.57.6 runs it)")
 
         self._settle_device(stored, torch.cuda.is_available())
         torch.manual_seed(self.seed)
-        dtype = loaders.compute_dtype(stored, self.device)
+        dtype = loaders.compute_dtype(stored, self.device, elsewhere=self.environment is not None)
         self.data |= {"dtype": str(dtype).removeprefix("torch."), "seed": self.seed}
 
         self.tell("own dequantization")
@@ -68,7 +78,7 @@ class Reload:
         del own
 
         self.tell("stock loader")
-        stock: Observed | None = Here(stored, dtype, self.device, compared, self.seed)
+        stock: Observed | None = self._load(stored, dtype, compared, causal=causal)
         assert stock is not None
         self.data["loader"] = stock.loader
         self.data |= stock.figures()
@@ -102,6 +112,13 @@ class Reload:
         if quantized is not None:
             self._add(judge.continuations(text, quantized, original))
 
+    def _load(self, stored: Stored, dtype: Any, text: Text, *, causal: bool) -> Observed:
+        if self.environment is None:
+            return Here(stored, dtype, self.device, text, self.seed)
+        return Elsewhere(
+            stored, self.environment, dtype, self.device, text, self.seed, causal=causal
+        )
+
     def _settle_device(self, stored: Stored, cuda: bool) -> None:
         if self.device == "cuda" and not cuda:
             raise Impossible("no CUDA device in this machine")
@@ -113,6 +130,10 @@ class Reload:
         self.data["device"] = self.device
 
     def _read_text(self, model: Any) -> Text:
+        if model.main_input_name != "input_ids":
+            raise Impossible(
+                f"{type(model).__name__} reads {model.main_input_name}, and here is text alone"
+            )
         text = measure.read_text(
             self.folder,
             self.text,

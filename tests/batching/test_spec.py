@@ -156,6 +156,15 @@ def test_defaults_hold_for_the_methods_that_have_them() -> None:
     assert batch.ignored == (("seed", 1), ("tune", 2), ("blocksize", 2))
 
 
+def test_a_container_is_a_default_where_there_is_a_choice() -> None:
+    text = "defaults: {container: compressed-tensors}\nmodels: demo\nmethods: [int8, nf4, hqq:4]"
+    assert [job.name for job in read(text).jobs] == [
+        "demo-INT8-8bit-compressed-tensors",
+        "demo-NF4-4bit",
+        "demo-HQQ-4bit-compressed-tensors",
+    ]
+
+
 def test_details_of_a_push_wait_for_one() -> None:
     text = """
 defaults: {repo_id: "me/{name}", private: true, push: false}

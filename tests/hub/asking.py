@@ -56,3 +56,9 @@ def ask(
     answers = [json.loads(line) for line in child.stdout.splitlines()]
     assert len(answers) == len(jobs), child.stderr
     return answers, child.stderr
+
+
+def failed(answer: Mapping[str, Any]) -> dict[str, str]:
+    """Name → detail of the checks of a Validation, as JSON, that did not pass."""
+    checks = [check for report in answer["reports"] for check in report["checks"]]
+    return {check["name"]: check["detail"] for check in checks if not check["passed"]}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub.canary import found_in_files, found_on_the_hub
+from tests.hub.pushing import REPO, TOKEN, Desk
 from tests.hub.server import Hub
 
 
@@ -25,3 +26,20 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         tokens = list(server.tokens)
         assert found_in_files(tokens, tmp_path) == []
         assert found_on_the_hub(tokens, server) == []
+
+
+@pytest.fixture(scope="module")
+def desk_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    with Desk(tmp_path_factory.mktemp("desk")) as desk:
+        yield desk
+
+
+@pytest.fixture
+def desk(desk_of_module: Desk) -> Iterator[Desk]:
+    """The repository `REPO` is new in each test, and nothing waits to go wrong."""
+    hub = desk_of_module.hub
+    yield desk_of_module
+    hub.repos.pop(("model", REPO), None)
+    hub.faults = type(hub.faults)()
+    hub.tokens[TOKEN].expired = False
+    hub.log.clear()

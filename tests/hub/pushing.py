@@ -15,11 +15,13 @@ from typing import Any
 
 from qconvert import manifest
 from tests.hub.server import Hub
+from tests.hub.storage import Repo
 
 TOKEN = "hf_AliceWrites"
 CARD = b"---\nlicense: mit\nbase_model: org/model\nbase_model_relation: quantized\n---\n# Model\n"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 NAME = "model-HQQ-4bit"
+REPO = "alice/out"
 
 
 def contents(seed: int = 0) -> dict[str, bytes]:
@@ -66,6 +68,13 @@ def pushed_names(files: Mapping[str, bytes] | None = None) -> set[str]:
     """What a repository holds after a push."""
     known = contents() if files is None else files
     return {*known, "qconvert-manifest.json", ".gitattributes"}
+
+
+def assert_whole(repo: Repo) -> None:
+    """The result is on the main branch, all of it."""
+    assert set(repo.tree()) == pushed_names()
+    for name, data in contents().items():
+        assert repo.read(name) == data
 
 
 class Desk:

@@ -5,38 +5,17 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hub.pushing import SHARDS, TOKEN, Desk, contents, pushed_names, result
+from tests.hub.pushing import REPO, SHARDS, Desk, assert_whole, contents, pushed_names, result
 from tests.hub.storage import Repo
 from tests.hub.wire import Answer, Exchange, reply
 
 FINGERPRINT = "0123456789abcdef" * 4
 BRANCH = "qconvert-0123456789abcdef"
-REPO = "alice/out"
-
-
 COMMIT = f"POST /api/models/{REPO}/commit/"
-
-
-@pytest.fixture(scope="module")
-def desk_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    with Desk(tmp_path_factory.mktemp("desk")) as desk:
-        yield desk
-
-
-@pytest.fixture
-def desk(desk_of_module: Desk) -> Iterator[Desk]:
-    """The repository is new in each test, and nothing waits to go wrong."""
-    hub = desk_of_module.hub
-    yield desk_of_module
-    hub.repos.pop(("model", REPO), None)
-    hub.faults = type(hub.faults)()
-    hub.tokens[TOKEN].expired = False
-    hub.log.clear()
 
 
 @pytest.fixture
@@ -46,9 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 def complete(repo: Repo, commits: int | None = None) -> None:
     """The result is on the main branch, whole; the other branch is gone."""
-    assert set(repo.tree()) == pushed_names()
-    for name, data in contents().items():
-        assert repo.read(name) == data
+    assert_whole(repo)
     assert list(repo.branches) == ["main"]
     if commits is not None:
         assert len(repo.history()) == commits

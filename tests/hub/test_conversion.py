@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save
 
 from qconvert.conversion import Request, convert
 from tests.hub.runs import TOKEN, digests, kill_when, run, start, weights
@@ -195,6 +197,25 @@ def test_from_hub_to_hub_nothing_stays_here(
     uploads = [r for r in served.log[sent:] if r.method == "PUT"]
     assert len(uploads) <= len(expected) - 2
     assert digests(tmp_path / "hf")
+
+
+def test_a_weight_that_is_no_number_leaves_no_branch(hub: Hub, tmp_path: Path, model: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    (last,) = [path for path in model.glob("*.safetensors") if name in load_file(path)]
+    tensors = load_file(last)
+    tensors[name][3, 5] = math.nan
+    files = {path.name: path for path in model.iterdir()} | {last.name: save(tensors)}
+    hub.add_repo("org/nan", files)
+    hub.add_user("alice", token=TOKEN, orgs=["org"])
+    words = ("int8", "org/nan", "--max-shard-size", "34KB", "--stream", "--push", "--no-validate")
+    said = run(hub, tmp_path, *words, "--push-unverified", code=3)
+    assert name in said
+    assert "--skip" in said
+    repo = hub.repo("alice/nan-INT8-8bit")
+    assert hub.requests("POST .*/commit/qconvert-"), "shards had arrived"
+    assert list(repo.branches) == ["main"]
+    assert set(repo.tree()) <= {".gitattributes"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
 def test_a_cache_without_room_is_said_before_the_download(

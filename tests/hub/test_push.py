@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import pytest
-
 from tests.hub.pushing import NAME, TOKEN, Desk, cli, contents, pushed_names, result
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    with Desk(tmp_path_factory.mktemp("desk")) as desk:
-        yield desk
 
 
 def test_a_new_repository_and_the_same_push_again(desk: Desk, tmp_path: Path) -> None:

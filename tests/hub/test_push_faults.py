@@ -5,17 +5,24 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hub.pushing import SHARDS, TOKEN, Desk, contents, pushed_names, result
+from tests.hub.pushing import (
+    REPO,
+    SHARDS,
+    TOKEN,
+    Desk,
+    assert_whole,
+    contents,
+    pushed_names,
+    result,
+)
 from tests.hub.server import Hub
 from tests.hub.storage import Blob, Entry
 from tests.hub.wire import Answer, Exchange
 
-REPO = "alice/out"
 STEPS = (
     "GET /api/whoami-v2", "GET /api/models/alice/out$", "POST /api/repos/create",
     "GET /api/models/alice/out/auth-check/write", "GET /api/models/alice/out/tree/",
@@ -26,29 +33,9 @@ STEPS = (
 COMMIT = "POST /api/models/alice/out/commit"
 
 
-@pytest.fixture(scope="module")
-def desk_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    with Desk(tmp_path_factory.mktemp("desk")) as desk:
-        yield desk
-
-
-@pytest.fixture
-def desk(desk_of_module: Desk) -> Iterator[Desk]:
-    """The repository is new in each test."""
-    hub = desk_of_module.hub
-    yield desk_of_module
-    hub.repos.pop(("model", REPO), None)
-    hub.faults = type(hub.faults)()
-    hub.tokens[TOKEN].expired = False
-    hub.part_size = 512 << 20
-
-
 def complete(hub: Hub) -> None:
-    repo = hub.repo(REPO)
-    assert set(repo.tree()) == pushed_names()
-    for name, data in contents().items():
-        assert repo.read(name) == data
-    assert len(repo.commits) == 2
+    assert_whole(hub.repo(REPO))
+    assert len(hub.repo(REPO).commits) == 2
 
 
 @pytest.mark.parametrize("first", range(3))
@@ -128,9 +115,11 @@ def test_a_page_in_place_of_an_answer(
 
 @pytest.mark.parametrize("kind", ["cut", "reset"])
 @pytest.mark.parametrize("parts", [False, True])
-def test_an_upload_that_is_cut(desk: Desk, tmp_path: Path, kind: str, parts: bool) -> None:
+def test_an_upload_that_is_cut(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, parts: bool
+) -> None:
     if parts:
-        desk.hub.part_size = 50_000
+        monkeypatch.setattr(desk.hub, "part_size", 50_000)
     fault = desk.hub.fault("PUT /upload/", kind, times=3)
     said = desk.push(result(tmp_path / "out"), REPO)
     assert ("error" in said, fault.seen) == (False, 3), said

@@ -228,6 +228,20 @@ def test_a_flipped_byte_in_a_small_file_is_seen(hub: Hub, tmp_path: Path) -> Non
     assert good["found"] == sorted(files)
 
 
+def test_a_flipped_byte_in_a_header_is_fetched_anew(hub: Hub, tmp_path: Path) -> None:
+    hub.add_repo("org/good", MODEL)
+    broken = WEIGHTS[0]
+    hub.add_repo("org/bad", MODEL | {broken: MODEL[broken][:8] + b"z" + MODEL[broken][9:]})
+    path = rf"GET /repos/.*org/good.*filename={broken}"
+    fault = hub.fault(path, "corrupt", times=2, after_bytes=8)  # of {
+    (good, bad), _ = ask(OPENED, [("org/good",), ("org/bad",)], hub.env(tmp_path))
+    assert fault.seen == 2
+    assert good["tensors"] == len(make.base_weights())
+    assert bad["error"] == "CorruptFile"
+    assert broken in bad["message"]
+    assert len(hub.requests(rf"GET /repos/.*org/bad.*filename={broken}")) == 3
+
+
 TOKENS = {
     "with a newline": (f"{TOKEN}\n", None),
     "not ASCII": (f"{TOKEN}é", "NotLoggedIn"),

@@ -29,6 +29,16 @@ def job(what, *args, **options):
     if what == "commit":
         write = lambda: commit(*args)
         return {"sha": client.call(write, "org/model", write=True, retries=0)}
+    if what == "upload":
+        added = [CommitOperationAdd("x.safetensors", b"x" * 1000)]
+        client.call(lambda: HfApi().preupload_lfs_files("org/model", added), "org/model", retries=0)
+    if what == "mistake":
+        def mistaken():
+            raise RuntimeError("dictionary changed size")
+        try:
+            client.call(mistaken, "org/model", retries=3)
+        except RuntimeError as e:
+            return {"raised": str(e)}
     if what == "nobody":
         try:
             client.call(lambda: get_session().get("http://127.0.0.1:9"), "org/model")
@@ -75,6 +85,16 @@ def test_refused_writes(hub: Hub, tmp_path: Path) -> None:
     assert "write to org/model" in forbidden["message"]
     assert f"{hub.endpoint}/settings/tokens" in forbidden["hint"]
     assert "hf_" not in str(forbidden).replace("hf_hub", "")
+
+
+def test_a_runtime_error_is_the_librarys_or_a_mistake(hub: Hub, tmp_path: Path) -> None:
+    hub.add_user("alice", TOKEN, orgs=["org"])
+    hub.add_repo("org/model", {"config.json": b"{}"})
+    fault = hub.fault("PUT /upload/", "status:400", times=9)  # "Error while uploading …"
+    (refused, mistaken), _ = ask(CALLS, [("upload",), ("mistake",)], hub.env(tmp_path, TOKEN))
+    assert fault.seen
+    assert refused["error"] == "Network"
+    assert mistaken == {"raised": "dictionary changed size"}
 
 
 def test_every_session_has_timeouts(hub: Hub, tmp_path: Path) -> None:

@@ -70,8 +70,10 @@ def test_a_source_of_which_the_hub_says_nothing_is_not_taken_for_open(
 def test_what_was_published_without_a_proof_is_proved_when_that_is_asked_for(
     served: Hub, tmp_path: Path
 ) -> None:
-    words = ("int8", "org/model", "--stream", "--push", "--repo-id", "org/small")
-    run(served, tmp_path, *words, "--no-validate", "--push-unverified")
+    words = ("int8", "org/model", "--stream", "--push", "--repo-id", "org/small", "--public")
+    said = run(served, tmp_path, *words, "--no-validate", "--push-unverified")
+    assert "warning: org/model is private; the result in org/small will be public" in said
+    assert "/org/small at " in said
 
     def manifest() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(served.repo("org/small").read("qconvert-manifest.json"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 from qconvert.staging import MANIFEST_NAME
 from qconvert.validation import validate_folder
-from tests.hub.asking import ask
+from tests.hub.asking import ask, failed
 from tests.hub.runs import TOKEN, run
 from tests.hub.server import Hub
 from tests.models import tiny
@@ -70,11 +69,6 @@ def _alice(hub: Hub) -> None:
 
 def asked(hub: Hub, home: Path, *jobs: tuple[Any, ...]) -> list[dict[str, Any]]:
     return ask(JOB, jobs, hub.env(home, TOKEN))[0]
-
-
-def failed(answer: Mapping[str, Any]) -> dict[str, str]:
-    checks = [check for report in answer["reports"] for check in report["checks"]]
-    return {check["name"]: check["detail"] for check in checks if not check["passed"]}
 
 
 def fetched(hub: Hub) -> int:

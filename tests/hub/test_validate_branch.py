@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub.asking import ask
+from tests.hub.asking import ask, failed
 from tests.hub.runs import TOKEN
 from tests.hub.server import Hub
 from tests.models import tiny
@@ -55,11 +55,6 @@ def shards(made: Path) -> dict[str, bytes]:
     found = {path.name: path.read_bytes() for path in sorted(made.glob("*.safetensors"))}
     assert len(found) > 3
     return found
-
-
-def failed(answer: dict[str, Any]) -> dict[str, str]:
-    checks = [check for report in answer["reports"] for check in report["checks"]]
-    return {check["name"]: check["detail"] for check in checks if not check["passed"]}
 
 
 def test_a_branch_is_proved_as_a_folder_is(

@@ -9,11 +9,20 @@ from hypothesis import strategies as st
 
 from qconvert import contract
 from qconvert.containers.bitsandbytes import BITSANDBYTES
-from qconvert.errors import NonFinite, UsageError
+from qconvert.errors import UsageError
 from qconvert.methods import _bnb_nested
 from qconvert.methods.bnb_4bit import BLOCKSIZES, BnB4bit, codebook, nested_codebook
 from scripts.make_golden_bitsandbytes import upstream, upstream_values
-from tests.bnb_cases import DTYPES, layer_of, one_thread, source_bits, weights  # noqa: F401
+from tests.bnb_cases import (  # noqa: F401
+    DTYPES,
+    assert_says_where_it_is_not_finite,
+    assert_torch_agrees,
+    every_16_bit_value,
+    layer_of,
+    one_thread,
+    source_bits,
+    weights,
+)
 
 QUANT_TYPES = ("nf4", "fp4")
 
@@ -64,11 +73,7 @@ def test_bytes_are_those_of_bitsandbytes(
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_16_bit_value(quant_type: str, dtype: str) -> None:
-    """All finite patterns, neighbours in size together in a block."""
-    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(DTYPES[dtype])
-    every = every[every.isfinite()]
-    every = every[every.float().abs().argsort()]
-    weight = every[: every.numel() // 64 * 64].reshape(-1, 64)
+    weight = every_16_bit_value(dtype)
     assert weight.numel() > 63_000
     assert_as_upstream(weight, dtype, BnB4bit(quant_type, 64, False))
 
@@ -88,11 +93,7 @@ def test_ties_and_their_neighbours(quant_type: str) -> None:
 @given(st.data(), st.sampled_from(QUANT_TYPES), st.sampled_from((32, 64, 256)))
 def test_torch_gives_the_same_bytes(data: st.DataObject, quant_type: str, blocksize: int) -> None:
     weight, dtype = data.draw(weights(multiple_of=blocksize))
-    method = BnB4bit(quant_type, blocksize)
-    parts, with_torch = method.quantize(source_bits(weight), dtype), method.quantize_torch(weight)
-    assert set(parts) == set(with_torch)
-    for name, part in parts.items():
-        np.testing.assert_array_equal(part, with_torch[name].numpy())
+    assert_torch_agrees(BnB4bit(quant_type, blocksize), weight, dtype)
 
 
 @settings(max_examples=60, deadline=None)
@@ -130,14 +131,7 @@ def test_nested_codes_are_those_of_bitsandbytes(size: int, seed: int, kind: str)
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nonfinite_is_an_error_that_says_where(dtype: str, bad: float) -> None:
-    weight = torch.ones(5, 128, dtype=DTYPES[dtype])
-    weight[3, 66] = weight[4, 1] = bad
-    message = "2 non-finite values, first at row 3, column 66"
-    with pytest.raises(NonFinite, match=message) as raised:
-        BnB4bit().quantize(source_bits(weight), dtype)
-    assert (raised.value.count, raised.value.first) == (2, 3 * 128 + 66)
-    with pytest.raises(NonFinite, match=message):
-        BnB4bit().quantize_torch(weight)
+    assert_says_where_it_is_not_finite(BnB4bit(), dtype, bad)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,20 @@ from hypothesis import given, settings
 
 from qconvert import contract
 from qconvert.containers.bitsandbytes import BITSANDBYTES
-from qconvert.errors import NonFinite
 from qconvert.methods.llm_int8 import LLMInt8
 from scripts.make_golden_bitsandbytes import upstream, upstream_values
-from tests.bnb_cases import DTYPES, layer_of, one_thread, source_bits, weights  # noqa: F401
+from tests.bnb_cases import (  # noqa: F401
+    DTYPES,
+    assert_refused,
+    assert_says_where_it_is_not_finite,
+    assert_threads_agree,
+    assert_torch_agrees,
+    every_16_bit_value,
+    layer_of,
+    one_thread,
+    source_bits,
+    weights,
+)
 
 METHOD = LLMInt8()
 
@@ -45,11 +54,7 @@ def test_bytes_are_those_of_bitsandbytes(case: tuple[torch.Tensor, str]) -> None
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_16_bit_value(dtype: str) -> None:
-    """All finite patterns that float16 can hold, neighbours in size together in a row."""
-    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(DTYPES[dtype])
-    every = every[every.half().isfinite()]
-    every = every[every.float().abs().argsort()]
-    weight = every[: every.numel() // 64 * 64].reshape(-1, 64)
+    weight = every_16_bit_value(dtype, within=torch.float16)
     assert weight.numel() > 36_000
     assert_as_upstream(weight, dtype)
 
@@ -69,24 +74,13 @@ def test_float32_that_lies_between_two_halves() -> None:
 def test_torch_gives_the_same_bytes(case: tuple[torch.Tensor, str]) -> None:
     weight, dtype = case
     weight = weight.clamp(-60_000, 60_000)
-    parts = METHOD.quantize(source_bits(weight), dtype)
-    with_torch = METHOD.quantize_torch(weight)
-    assert set(parts) == set(with_torch)
-    for name, part in parts.items():
-        np.testing.assert_array_equal(part, with_torch[name].numpy())
+    assert_torch_agrees(METHOD, weight, dtype)
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nonfinite_is_an_error_that_says_where(dtype: str, bad: float) -> None:
-    weight = torch.ones(5, 70, dtype=DTYPES[dtype])
-    weight[3, 66] = weight[4, 1] = bad
-    message = "2 non-finite values, first at row 3, column 66"
-    with pytest.raises(NonFinite, match=message) as raised:
-        METHOD.quantize(source_bits(weight), dtype)
-    assert (raised.value.count, raised.value.first) == (2, 3 * 70 + 66)
-    with pytest.raises(NonFinite, match=message):
-        METHOD.quantize_torch(weight)
+    assert_says_where_it_is_not_finite(METHOD, dtype, bad)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
@@ -96,24 +90,15 @@ def test_a_magnitude_that_float16_cannot_hold_is_an_error(dtype: str) -> None:
     assert_as_upstream(weight, dtype)
     weight[1, 5] = -65520.0 if dtype == "F32" else -65536.0
     message = "1 values that overflow float16, first at row 1, column 5"
-    with pytest.raises(NonFinite, match=message):
-        METHOD.quantize(source_bits(weight), dtype)
-    with pytest.raises(NonFinite, match=message):
-        METHOD.quantize_torch(weight)
+    assert_refused(METHOD, weight, dtype, message)
 
 
 def test_every_thread_gets_the_same_bytes() -> None:
-    weight = torch.randn(64, 512).bfloat16()
-    expected = METHOD.quantize(source_bits(weight), "BF16")
-    with ThreadPoolExecutor(8) as pool:
-        results = pool.map(lambda _: METHOD.quantize(source_bits(weight), "BF16"), range(64))
-    for parts in results:
-        assert all((parts[name] == expected[name]).all() for name in expected)
+    assert_threads_agree(METHOD)
 
 
 _COLD = """
 import numpy as np
-from concurrent.futures import ThreadPoolExecutor
 from qconvert.methods.bnb_4bit import BnB4bit
 from qconvert.methods.llm_int8 import LLMInt8
 block = np.arange(4096, dtype=np.float32).reshape(8, 512)

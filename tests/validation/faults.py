@@ -19,7 +19,7 @@ from qconvert import arrays, manifest
 from qconvert.conversion import Request, convert
 from qconvert.staging import MANIFEST_NAME
 from qconvert.tensors import build_header, read_header
-from qconvert.types import TensorSpec
+from qconvert.types import Report, TensorSpec
 from tests.aqlm_cases import write_aqlm
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -109,6 +109,11 @@ def rewrite(folder: Path, change: Callable[[Tensors], Any]) -> Path:
     header, offsets = build_header(specs, {"format": "pt"})
     path.write_bytes(header + b"".join(tensors[name][2] for name in offsets))
     return folder
+
+
+def failed(report: Report) -> dict[str, str]:
+    """Name → detail of the checks that did not pass."""
+    return {check.name: check.detail for check in report.checks if not check.passed}
 
 
 def configure(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:

@@ -13,24 +13,20 @@ import pytest
 from qconvert.source import open_checkpoint
 from qconvert.staging import MANIFEST_NAME
 from qconvert.stored import open_stored
-from qconvert.types import Report, Verdict
+from qconvert.types import Verdict
 from qconvert.validation import truncate, validate_folder
 from qconvert.validation.comparison import compare
 from qconvert.validation.numeric import check_numeric
 from tests.aqlm_cases import plan_aqlm, write_aqlm
 from tests.models import tiny
 from tests.validation import faults
-from tests.validation.faults import LAYER, TWIN
+from tests.validation.faults import LAYER, TWIN, failed
 from tests.validation.test_reload import reload
 
 Folders = Callable[[str], Path]
 NAMES = [name for name in faults.METHODS if name.startswith("aqlm")]
 NORM = "model.layers.0.input_layernorm.weight"
 LISTED = "linear_weights_not_to_quantize"
-
-
-def failed(report: Report) -> dict[str, str]:
-    return {check.name: check.detail for check in report.checks if not check.passed}
 
 
 def numeric(folder: Path, source: Path, **options: Any) -> dict[str, str]:

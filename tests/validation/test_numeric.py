@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qconvert.errors import NumericMismatch
+from qconvert.errors import CorruptFile, NumericMismatch
 from qconvert.source import open_checkpoint
 from qconvert.stored import open_stored
 from qconvert.types import Report
@@ -20,17 +21,13 @@ from qconvert.validation.comparison import Errors, compare
 from qconvert.validation.numeric import check_numeric
 from tests.models import tiny
 from tests.validation import faults
-from tests.validation.faults import CODES, LAYER, SCALES, TWIN
+from tests.validation.faults import CODES, LAYER, SCALES, TWIN, failed
 
 Folders = Callable[[str], Path]
 
 
 def report_on(folder: Path, source: Path, **options: Any) -> Report:
     return check_numeric(open_stored(folder), open_checkpoint(str(source)), **options)
-
-
-def failed(report: Report) -> dict[str, str]:
-    return {check.name: check.detail for check in report.checks if not check.passed}
 
 
 @pytest.mark.parametrize("name", faults.METHODS)
@@ -43,6 +40,23 @@ def test_what_convert_writes_passes(name: str, results: Folders, source: Path) -
     assert len(report.data["worst_tensors"]) == 5
     (digest,) = report.data["source_sha256"].values()
     assert len(digest) == 64
+
+
+def test_a_source_that_was_compared_with_the_hubs_promise_is_not_hashed_again(
+    results: Folders, source: Path
+) -> None:
+    """What the report says of it is the promise; the file must still be the same."""
+    plain = report_on(results("int8"), source).data["source_sha256"]
+    checkpoint = open_checkpoint(str(source))
+    told = {name: replace(info, sha256="promised") for name, info in checkpoint.files.items()}
+    unproved = replace(checkpoint, files=told)
+    proved = replace(unproved, proved=set(told))
+    stored = open_stored(results("int8"))
+    assert check_numeric(stored, unproved).data["source_sha256"] == plain
+    assert set(check_numeric(stored, proved).data["source_sha256"].values()) == {"promised"}
+    moved = {name: replace(info, identity=(0, 0, 0)) for name, info in told.items()}
+    with pytest.raises(CorruptFile, match="changed"):
+        check_numeric(stored, replace(proved, files=moved))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "qwen2", "vlm", "mixtral"])

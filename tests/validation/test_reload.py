@@ -23,7 +23,7 @@ from qconvert.validation import loaders, require, truncate, validate_folder
 from qconvert.validation.reload import check_reload
 from tests.models import tiny
 from tests.validation import faults
-from tests.validation.faults import LAYER
+from tests.validation.faults import LAYER, failed
 
 Folders = Callable[[str], Path]
 
@@ -33,10 +33,6 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="namespaces and /proc
 def reload(folder: Path, source: Path | None = None, **options: Any) -> Report:
     made_from = open_checkpoint(str(source)) if source else None
     return check_reload(open_stored(folder), made_from, **options)
-
-
-def failed(report: Report) -> dict[str, str]:
-    return {check.name: check.detail for check in report.checks if not check.passed}
 
 
 def check_figures(report: Report) -> None:
