@@ -65,20 +65,8 @@ _MOST_WINDOW = 8 << 30
 
 def plan(request: Request) -> Plan:
     """Resolves the model and plans its conversion; reads headers and config, writes nothing."""
+    request.check()
     method = registry.info(request.method)
-    skip, overrides = request.skip_pattern(), request.parsed_overrides()
-    for override in overrides:
-        method.refuse_unknown(override.options)
-    if request.calibration is not None and not method.calibrated:
-        raise UsageError(
-            f"{request.method} reads no data: it takes no calibration options",
-            hint=f"qconvert {request.method} --help",
-        )
-    if request.stream and method.calibrated:
-        raise UsageError(
-            f"{request.method} reads every block several times: it cannot be streamed",
-            hint="leave --stream out",
-        )
     if method is registry.TRANSCODE:
         planned = transcoding.plan(request)
         if request.stream:
@@ -99,9 +87,9 @@ def plan(request: Request) -> Plan:
         checkpoint,
         maths,
         container,
-        skip=skip,
+        skip=request.skip_pattern(),
         experts=request.experts,
-        overrides=overrides,
+        overrides=request.parsed_overrides(),
         max_shard_bytes=request.max_shard_bytes,
         threads=worker_count(request.threads),
         calibration=reading,
@@ -114,8 +102,6 @@ def find_target(request: Request, planned: Plan) -> Target | None:
     """Where the result will be pushed, asked of the Hub; changes nothing there."""
     if request.push is None:
         return None
-    if not request.validate and not request.push.unverified:
-        raise UsageError("a result that is not validated is not pushed", hint="--push-unverified")
     from qconvert.hub import target
 
     return target.find(request.push, default_name(request, planned), planned.checkpoint.repository)
