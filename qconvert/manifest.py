@@ -27,7 +27,7 @@ RUN_LOG_NAME = "qconvert-run.json"
 
 COMPUTING = ("qconvert", "torch", "triton", "transformers", "numpy", "numba")
 """Whose versions may change a bit of a result."""
-_LIBRARIES = (*COMPUTING[1:], "bitsandbytes", "hqq", "safetensors")
+_LIBRARIES = (*COMPUTING[1:], "bitsandbytes", "compressed-tensors", "hqq", "safetensors")
 _SCHEMA = 1
 
 

@@ -65,12 +65,13 @@ def _bits(checkpoint: Checkpoint) -> int:
 
 
 def _group_size(checkpoint: Checkpoint) -> int:
-    """Of most layers of the source: _ROW for whole rows, 0 where it has no such groups."""
-    sizes = []
-    for name, how in checkpoint.encoded.items():
-        size = how.grid.block_columns if isinstance(how, Scaled) else 0
-        sizes.append(_ROW if size == checkpoint.tensors[name].shape[-1] else size)
-    return max(sizes, key=sizes.count)
+    """Of most layers of the source; _ROW where all have whole rows, 0 where they have no groups."""
+    widths = [checkpoint.tensors[name].shape[-1] for name in checkpoint.encoded]
+    sizes = [
+        how.grid.block_columns if isinstance(how, Scaled) else 0
+        for how in checkpoint.encoded.values()
+    ]
+    return _ROW if sizes == widths else max(sizes, key=sizes.count)
 
 
 @dataclass(frozen=True, slots=True)

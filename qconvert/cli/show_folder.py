@@ -76,9 +76,11 @@ def describe_source(stored: Checkpoint, source: Checkpoint) -> JSON:
 def describe(stored: Stored) -> JSON:
     """Everything that headers, config and manifest say about a quantized checkpoint."""
     modules: JSON = {}
+    anonymous = stored.container.name == "compressed-tensors"  # it does not say what made it
     for name, (layer, method) in stored.layers.items():
         size = sum(spec.nbytes for spec in stored.specs(name))
-        modules[name] = _module(method.name, method.options(), size, layer.tensor.numel)
+        how = stored.container.name if anonymous else method.name
+        modules[name] = _module(how, method.options(), size, layer.tensor.numel)
     for name, info in stored.copies.items():
         modules[name] = _module(FULL, {"dtype": info.dtype}, info.nbytes, info.numel)
     return _about(stored.checkpoint, stored.container.name, stored.manifest, modules)

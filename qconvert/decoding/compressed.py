@@ -16,13 +16,13 @@ and one way to cut it. So patterns, which are somebody's regular expressions, ar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qconvert import arrays, modelconfig
 from qconvert.decoding import parts
 from qconvert.decoding.found import Found, announced, largest_first, part, read_small
-from qconvert.decoding.scaled import Bytes, Codes, Factors, Floats, Grid, Known, Scaled
+from qconvert.decoding.scaled import Bytes, Codes, Factors, Floats, Grid, Known, Nibbles, Scaled
 from qconvert.errors import CorruptFile, UnsupportedConfig
 from qconvert.lazy import np
 from qconvert.types import FLOAT_DTYPES, JSON, Array, Checkpoint, ReadStored, TensorInfo
@@ -210,8 +210,15 @@ class _Layer:
                 list(self.codes.shape),
             )
         self.bits = next(s.bits for s in fitting)
-        codes = Words(self.codes, columns, self.bits)
-        return self._scaled(fitting, codes, Known(f"B{self.bits}"), dtype)
+        return self._scaled(fitting, self._unpacked(columns), Known(f"B{self.bits}"), dtype)
+
+    def _unpacked(self, columns: int) -> Codes:
+        """How packed codes are read; without a gap at the end of a row, 4 and 8 bits are bytes."""
+        if self.bits in (4, 8) and columns * self.bits % _WORD == 0:
+            shape = self.codes.shape[0], columns * self.bits // 8
+            as_bytes = replace(self.codes, dtype="U8", shape=shape)
+            return Bytes(as_bytes) if self.bits == 8 else Nibbles(as_bytes, first_is_high=False)
+        return Words(self.codes, columns, self.bits)
 
     def _scaled(self, schemes: set[_Scheme], codes: Codes, meaning: Known, dtype: str) -> Scaled:
         of = self.codes.name

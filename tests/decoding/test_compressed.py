@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
 
+from qconvert.errors import CorruptFile, UnsupportedConfig
 from tests.decoding.reading import same, weights, with_quantization
 from tests.models import tiny
 
@@ -104,3 +107,139 @@ def test_integers(tmp_path: Path, format_: str, args: dict[str, Any]) -> None:
     ours = weights(folder)
     for name, theirs in decoded.items():
         assert same(ours[name], theirs), name
+
+
+@pytest.mark.parametrize("fill", [True, False])
+def test_groups_of_columns_by_their_activations(tmp_path: Path, fill: bool) -> None:
+    """compressed-tensors up to 0.17: the group of a column is what weight_g_idx says.
+
+    -1 is what the library makes it of, and means that nobody has ordered anything.
+    """
+    folder = tiny("llama", tmp_path)
+    args = {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}
+    stored, _ = compress(folder, "pack-quantized", args)
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args))
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    ordered: Tensors = {}
+    expected = {}
+    for module in [n.removesuffix("weight_packed") for n in stored if n.endswith("_packed")]:
+        parts = {k.removeprefix(module): v for k, v in stored.items() if k.startswith(module)}
+        columns = int(parts["weight_shape"][1])
+        order = torch.arange(columns, dtype=torch.int32) // 32
+        order = order[torch.randperm(columns)] if fill else torch.full_like(order, -1)
+        ordered[f"{module}weight_g_idx"] = order
+        # the library sorts columns by group, decodes them in groups, and sorts them back
+        columns_of = torch.argsort(order, stable=True) if fill else torch.arange(columns)
+        codes = unpack_from_int32(parts["weight_packed"], 4, tuple(parts["weight_shape"]))
+        packed = pack_to_int32(codes[:, columns_of].contiguous(), 4)
+        weight = compressor.decompress({**parts, "weight_packed": packed}, scheme)["weight"]
+        expected[f"{module}weight"] = weight[:, torch.argsort(columns_of)]
+    save_file(stored | ordered, folder / "model.safetensors", metadata={"format": "pt"})
+    ours = weights(folder)
+    for name, theirs in expected.items():
+        assert same(ours[name], theirs.contiguous()), name
+
+
+def test_scales_of_activations_and_caches_are_left_out(tmp_path: Path) -> None:
+    folder = tiny("llama", tmp_path)
+    stored, _ = compress(folder, "float-quantized", {"num_bits": 8, "type": "float"})
+    before = weights(folder).keys()
+    added = {
+        "model.layers.0.self_attn.k_scale": torch.ones(1),
+        "model.layers.0.self_attn.q_proj.input_scale": torch.ones(1),
+        "model.layers.0.self_attn.q_proj.input_zero_point": torch.zeros(1, dtype=torch.int8),
+    }
+    save_file(stored | added, folder / "model.safetensors", metadata={"format": "pt"})
+    assert weights(folder).keys() == before
+
+
+# ── what makes no sense ──────────────────────────────────────────────────────────────────────
+
+UP = "model.layers.1.mlp.up_proj."
+PACKED = {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}
+
+
+def damage(folder: Path, part: str, new: torch.Tensor | None) -> None:
+    stored, _ = compress(folder, "pack-quantized", PACKED)
+    stored.pop(f"{UP}{part}")
+    if new is not None:
+        stored[f"{UP}{part}"] = new
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("part", "new"),
+    [
+        ("weight_scale", None),
+        ("weight_scale", torch.ones(128, 3)),
+        ("weight_scale", torch.ones(127, 2)),
+        ("weight_scale", torch.ones(128, 2, dtype=torch.int32)),
+        ("weight_scale", torch.full((128, 2), torch.nan)),
+        ("weight_shape", None),
+        ("weight_shape", torch.tensor([128, 65])),
+        ("weight_shape", torch.tensor([127, 64])),
+        ("weight_shape", torch.tensor([-128, -64])),
+        ("weight_shape", torch.tensor([128, 1 << 62])),
+        ("weight_shape", torch.tensor([128, 64, 1])),
+        ("weight_shape", torch.tensor([128.0, 64.0])),
+        ("weight_packed", torch.zeros(128, 7, dtype=torch.int32)),
+        ("weight_packed", torch.zeros(128, 8, dtype=torch.int64)),
+        ("weight_packed", torch.zeros(128 * 8, dtype=torch.int32)),
+        ("weight_zero_point", torch.zeros(15, 2, dtype=torch.int32)),
+        ("weight_zero_point", torch.zeros(128, 2, dtype=torch.int32)),
+        ("weight_zero_point", torch.zeros(16, 2, dtype=torch.int8)),
+        ("weight_zero_point", torch.full((128, 2), torch.inf)),
+    ],
+)
+def test_parts_that_make_no_sense(tmp_path: Path, part: str, new: torch.Tensor | None) -> None:
+    folder = tiny("llama", tmp_path)
+    damage(folder, part, new)
+    with pytest.raises(CorruptFile) as error:
+        weights(folder)
+    assert "model.safetensors" in str(error.value)
+    assert UP in str(error.value)
+
+
+@pytest.mark.parametrize("order", [[0] * 64, [0, 1] * 31 + [0, 2], [-2] * 32 + [1] * 32])
+def test_orders_that_make_no_sense(tmp_path: Path, order: list[int]) -> None:
+    folder = tiny("llama", tmp_path)
+    stored, _ = compress(folder, "pack-quantized", PACKED)
+    stored[f"{UP}weight_g_idx"] = torch.tensor(order, dtype=torch.int32)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptFile, match="groups of columns"):
+        weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": "marlin-24"}, "format"),
+        ({"format": "nvfp4-pack-quantized"}, "format"),
+        ({"format": None}, "format"),
+        ({"config_groups": None}, "config_groups"),
+        ({"config_groups": {"group_0": ["Linear"]}}, "config_groups"),
+        ({"config_groups": {"g": {"weights": {"num_bits": 0}}}}, "weights"),
+        ({"config_groups": {"g": {"weights": {"num_bits": 4, "type": "float"}}}}, "weights"),
+        ({"config_groups": {"g": {"weights": {"num_bits": True}}}}, "weights"),
+        ({"config_groups": {"g": {"weights": {"block_structure": [0, 0]}}}}, "block_structure"),
+        ({"config_groups": {"g": {"weights": {"group_size": "all"}}}}, "group_size"),
+        ({"sparsity_config": {"format": "sparse-bitmask"}}, "sparsity_config"),
+        ({"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
+    ],
+)
+def test_configs_that_are_not_decoded(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    folder = tiny("llama", tmp_path)
+    compress(folder, "pack-quantized", PACKED)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    with_quantization(folder, config | changes)
+    with pytest.raises(UnsupportedConfig, match=said):
+        weights(folder)
+
+
+def test_a_weight_in_both_precisions(tmp_path: Path) -> None:
+    folder = tiny("llama", tmp_path)
+    stored, _ = compress(folder, "pack-quantized", PACKED)
+    stored[f"{UP}weight"] = torch.zeros(128, 64)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptFile, match="in full precision and in compressed-tensors"):
+        weights(folder)

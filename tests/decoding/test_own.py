@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from qconvert import convert
 from qconvert.arrays import to_torch
 from qconvert.containers.aqlm import AQLM_CONTAINER
+from qconvert.errors import CorruptFile
 from qconvert.methods.aqlm import AQLM
 from tests.decoding.reading import same, weights, with_quantization
 from tests.models import tiny
@@ -152,3 +153,37 @@ def test_conv1d_is_transposed_back(tmp_path: Path) -> None:
     for name, parts in quantized.items():
         theirs = int8_vectorwise_dequant(parts["weight"], parts["SCB"])
         assert same(ours[f"{name}weight"], theirs.to(torch.bfloat16).T), name
+
+
+# ── what makes no sense ──────────────────────────────────────────────────────────────────────
+
+Q = "model.layers.0.self_attn.q_proj."
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "part"),
+    [
+        ("hqq", {"bits": 4}, "scale"),
+        ("hqq", {"bits": 4}, "zero"),
+        ("hqq", {"bits": 4}, "W_q"),
+        ("nf4", {}, "weight.absmax"),
+        ("nf4", {"double_quant": True}, "weight.nested_absmax"),
+        ("int8", {}, "SCB"),
+        ("eetq", {}, "weight_scales"),
+    ],
+)
+def test_parts_that_are_not_there_do_not_fit_or_are_no_numbers(
+    tmp_path: Path, method: str, options: dict[str, Any], part: str
+) -> None:
+    dtype = "float16" if method == "eetq" else "bfloat16"
+    folder, stored = converted(tiny("llama", tmp_path, dtype=dtype), method, **options)
+    whole = stored.pop(f"{Q}{part}")
+    wrong: list[Tensors] = [{}, {f"{Q}{part}": whole[:-1].contiguous()}]
+    wrong.append({f"{Q}{part}": whole.to(torch.int64)})
+    if whole.is_floating_point():
+        wrong.append({f"{Q}{part}": torch.full_like(whole, torch.nan)})
+    for tensors in wrong:
+        save_file(stored | tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CorruptFile) as error:
+            weights(folder)
+        assert Q.rstrip(".") in str(error.value)

@@ -84,6 +84,12 @@ def save_source(model: str, folder: Path, dtype: str) -> None:
         tiny(model, folder.parent, dtype=dtype)
     else:
         save(TINY[model].architecture, TINY[model].sizes, folder, dtype=dtype)
+        config = json.loads((folder / "config.json").read_text())
+        if rope := config.pop("rope_parameters", None):  # as transformers 4 spells it
+            more = {"partial_rotary_factor"} & rope.keys()
+            config |= {key: rope.pop(key) for key in {"rope_theta", *more}}
+            config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+            (folder / "config.json").write_text(json.dumps(config))
 
 
 def as_published(folder: Path) -> None:
@@ -105,11 +111,7 @@ def as_published(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] == "qwen3_moe":
         config["num_experts"] = config.pop("num_local_experts")
-    if rope := config.pop("rope_parameters", None):
-        config["rope_theta"] = rope.pop("rope_theta")
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = rope
-    (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps(config))
 
 
 def tokens() -> list[list[int]]:

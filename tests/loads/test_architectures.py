@@ -28,7 +28,8 @@ from qconvert.errors import UnsupportedConfig, UsageError
 from qconvert.linears import generalize
 from qconvert.stored import open_stored
 from qconvert.types import Kind
-from qconvert.validation import loaders, measure
+from qconvert.validation import loaders, measure, steps
+from qconvert.validation.reload import HELD_OUT
 from scripts import make_architectures
 from tests.loads.runs import quantized_modules
 from tests.models import save
@@ -278,6 +279,16 @@ def test_infinity_as_python_and_as_transformers_write_it(tmp_path: Path) -> None
         plan(request)
 
 
+@pytest.mark.parametrize("model", ["vit", "whisper"])
+def test_what_does_not_read_text_is_not_reloaded(model: str, tmp_path: Path) -> None:
+    request = Request(str(source(model, tmp_path)), "nf4", output=tmp_path / "out", validate=False)
+    convert(request)
+    reload = steps.Reload(tmp_path / "out", None, HELD_OUT, "cpu", 0, 64, lambda _: None)
+    with pytest.raises(steps.Impossible, match=r"reads (pixel_values|input_features), and here is"):
+        reload.run()
+    assert reload.checks == []
+
+
 # ── the command line's whole way ─────────────────────────────────────────────────────────────
 
 VERDICTS = {
@@ -291,10 +302,8 @@ VERDICTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n.startswith("vit") else pytest.param(n, marks=pytest.mark.slow) for n in VERDICTS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VERDICTS)
 def test_the_command_line_ends_with_what_was_proved(name: str, tmp_path: Path) -> None:
     case, (verdict, why) = EVERY[name], VERDICTS[name]
     command = [sys.executable, "-m", "qconvert", case.method, str(source(case.model, tmp_path))]
