@@ -2,7 +2,8 @@
 
 A calibrated method reads its text once the plan is made, and solves before anything is poured.
 Each arrow carries a value. Nothing outside the staging folder changes before the commit, and the
-commit is one rename.
+commit is one rename. The stages themselves are in `stages.py`; several requests for one source
+go through them side by side.
 
 A Hub repository is downloaded to the ordinary cache, or streamed: then each of its files is read
 once, and each tensor proved while it is in memory. If the result of a stream is pushed and no
@@ -12,80 +13,52 @@ one commit there.
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qconvert import (
-    devices,
-    footprint,
-    manifest,
-    registry,
-    sealing,
-    source,
-    staging,
-    transcoding,
-)
+from qconvert import devices, footprint, registry, stages, transcoding
 from qconvert.calibration import prepare
-from qconvert.calibration.report import OnEvent, figures_from
+from qconvert.calibration.report import OnEvent
 from qconvert.decoding import open_source
 from qconvert.decoding.exact import exact
-from qconvert.errors import CorruptFile, DiskFull, HubError, NonFinite, UsageError
-from qconvert.outputs import Sink, shards_at_once
+from qconvert.errors import Interrupted, NonFinite, QConvertError, UsageError
+from qconvert.outputs import shards_at_once
 from qconvert.planning import announced_dtype, make_plan
-from qconvert.pour import Poured, pour
-from qconvert.request import Request, Result, default_name, output_folder, worker_count
-from qconvert.solution import Solution
-from qconvert.staging import Staging
+from qconvert.request import Request, Result, worker_count
+from qconvert.source import SourceReader
+from qconvert.stages import Clock, Work, find_target
 from qconvert.text import human_bytes
-from qconvert.types import JSON, Checkpoint, Plan, Progress, Report, Verdict
+from qconvert.types import Checkpoint, Plan, Progress
 
 if TYPE_CHECKING:
     from qconvert.calibration.prepare import Prepared
     from qconvert.calibration.solve import Calibrated
-    from qconvert.hub.branch import BranchSink
-    from qconvert.hub.push import Pushed
-    from qconvert.hub.target import Target
-    from qconvert.origins import Quantize
 
-__all__ = ["Request", "Result", "convert", "find_target", "plan"]
+__all__ = ["Outcome", "Request", "Result", "convert", "convert_together", "find_target", "plan"]
 
-_TRIES = 3
-"""For a stream whose bytes are not those that the Hub promised: it is fetched anew."""
-_SHARDS_ON_DISK = 3
-"""Of a result that goes to the Hub shard by shard: being filled, sealed and sent."""
+Outcome = Result | QConvertError
+"""What came of one of several requests."""
 _MOST_WINDOW = 8 << 30
 """Of a quantized source that is streamed: scales in memory until their codes arrive."""
 
 
-def plan(request: Request) -> Plan:
-    """Resolves the model and plans its conversion; reads headers and config, writes nothing."""
+def plan(request: Request, checkpoint: Checkpoint | None = None) -> Plan:
+    """Resolves the model and plans its conversion; reads headers and config, writes nothing.
+
+    `checkpoint` is the model as a source, where it was opened already.
+    """
+    request.check()
     method = registry.info(request.method)
-    skip, overrides = request.skip_pattern(), request.parsed_overrides()
-    for override in overrides:
-        method.refuse_unknown(override.options)
-    if request.calibration is not None and not method.calibrated:
-        raise UsageError(
-            f"{request.method} reads no data: it takes no calibration options",
-            hint=f"qconvert {request.method} --help",
-        )
-    if request.stream and method.calibrated:
-        raise UsageError(
-            f"{request.method} reads every block several times: it cannot be streamed",
-            hint="leave --stream out",
-        )
     if method is registry.TRANSCODE:
         planned = transcoding.plan(request)
         if request.stream:
             _refuse_stream(planned.checkpoint)
         return _streamed(planned, request) if request.stream else planned
     anew = method is not registry.DEQUANTIZE
-    checkpoint = open_source(request.model, revision=request.revision, anew=anew)
+    if checkpoint is None:
+        checkpoint = open_source(request.model, revision=request.revision, anew=anew)
     if request.stream:
         _refuse_stream(checkpoint)
     dtype = announced_dtype(checkpoint)
@@ -99,26 +72,15 @@ def plan(request: Request) -> Plan:
         checkpoint,
         maths,
         container,
-        skip=skip,
+        skip=request.skip_pattern(),
         experts=request.experts,
-        overrides=overrides,
+        overrides=request.parsed_overrides(),
         max_shard_bytes=request.max_shard_bytes,
         threads=worker_count(request.threads),
         calibration=reading,
         tune=tune,
     )
     return _streamed(planned, request) if request.stream else planned
-
-
-def find_target(request: Request, planned: Plan) -> Target | None:
-    """Where the result will be pushed, asked of the Hub; changes nothing there."""
-    if request.push is None:
-        return None
-    if not request.validate and not request.push.unverified:
-        raise UsageError("a result that is not validated is not pushed", hint="--push-unverified")
-    from qconvert.hub import target
-
-    return target.find(request.push, default_name(request, planned), planned.checkpoint.repository)
 
 
 def convert(
@@ -135,97 +97,126 @@ def convert(
     same request continues where it was cut and ends with the same bytes. `on_event` hears of
     calibration.
     """
-    clock = _Clock()
+    clock = Clock()
     planned = plan(request)
-    target = find_target(request, planned)
-    destination = output_folder(request, planned)
     found, threads = devices.find(request.device), worker_count(request.threads)
     prepared = None
     if planned.calibration:
-        if not Staging(destination, "").root.exists():  # refuse before anything is downloaded
-            staging.check_destination(
-                destination, planned.checkpoint.root, overwrite=request.overwrite
-            )
-        planned = _fetched(planned, progress)
-        options = request.calibration_options()
-        planned, prepared = prepare.read(planned, options, found, threads)
+        planned, prepared = _read_text(request, planned, found, threads, progress)
+    work = stages.begin(request, planned, clock)
     clock.lap("plan")
 
-    staged = Staging(destination, planned.fingerprint)
-    if request.hub_to_hub and (earlier := _published_earlier(request, planned, target)):
-        return earlier
-    if staged.finish_commit() or (target and staged.is_finished()):
-        return _pushed(request, _finished_earlier(destination, planned), target, progress)
-    if not request.hub_to_hub:
-        staging.check_destination(destination, planned.checkpoint.root, overwrite=request.overwrite)
-    if on_plan is not None:
-        on_plan(planned)
-    check_space(planned, staged)
+    if result := stages.earlier(work, progress):
+        return result
+    _announce([work], on_plan)
     if not request.stream:
-        planned = _fetched(planned, progress)
+        work.planned = stages.fetched(planned, progress)
         clock.lap("fetch")
-    with staged.open(restart=request.restart), ExitStack() as stack:
-        sink = _sink(request, planned, target, progress)
+    with work.staged.open(restart=request.restart):
+        work.sink = stages.sink_of(work, progress)
         try:
-            solved = _solve(planned, prepared, staged, found, threads, on_event, clock)
-            solution = stack.enter_context(Solution(solved.files if solved else ()))
-            poured, numeric = _pour(
-                request, planned, staged, solution, sink, found, threads, progress
-            )
-        except NonFinite as error:
-            staged.discard()  # the same plan can never succeed, and --skip makes another
-            if sink is not None:
-                error.args = ("; ".join((str(error), *sink.discard())),)
+            work.solved = _solve(work, prepared, found, threads, on_event)
+            (failure,) = stages.pour([work], found, threads, progress)
+        except NonFinite as error:  # found while solving
+            failure = error
+        if failure is not None:
+            raise stages.give_up(work, failure)
+        result = stages.finish(work, progress)
+    return stages.pushed(work, result, progress)
+
+
+def convert_together(
+    requests: Sequence[Request],
+    *,
+    progress: Progress | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+    on_result: Callable[[int, Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Converts one checkpoint into several formats, reading and decoding every tensor once.
+
+    The requests name one model, revision and way to read it (`stream`), and methods that read no
+    data. Each ends as `convert` alone would have it: with its Result, or with the error in its
+    place, which stops no other. `on_result` hears of each as soon as it is there. What concerns
+    all of them (the source, the disk) is raised, as is UsageError for requests that do not go
+    together. After an interruption the same call goes on.
+
+    Peak memory: that of the largest, and the two largest tensors of the source.
+    """
+    _refuse_apart(requests)
+    outcomes: dict[int, Outcome] = {}
+
+    def end(index: int, outcome: Outcome) -> None:
+        outcomes[index] = outcome
+        if on_result is not None:
+            on_result(index, outcome)
+
+    first = plan(requests[0])
+    plans = [first, *(plan(request, first.checkpoint) for request in requests[1:])]
+    works: dict[int, Work] = {}
+    for index, (request, planned) in enumerate(zip(requests, plans, strict=True)):
+        try:
+            work = stages.begin(request, planned)
+            work.clock.lap("plan")
+            if result := stages.earlier(work, progress):
+                end(index, result)
+            else:
+                works[index] = work
+        except Interrupted:
             raise
-        write_side_files(planned, staged.tree)
-        clock.lap("pour")
-
-        verdict, reports = _prove(request, planned, staged.tree, numeric, sink, progress)
-        clock.lap("validate")
-
-        files = sealing.seal(
-            request, planned, staged.tree, poured.sealed, verdict, reports, solved, clock.laps,
-            target.repo_id if target else None,
-        )  # fmt: skip
-        pushed = None
-        if sink is not None:
-            pushed = sink.finish({name: staged.tree / name for name in files.small}, files.sha256)
-            staged.discard()
-            clock.lap("push")
-        else:
-            staged.commit(overwrite=request.overwrite)
-    result = Result(
-        None if pushed else destination,
-        planned,
-        verdict,
-        reports,
-        poured.resumed_bytes,
-        clock.laps,
-        solved.figures if solved else None,
-        pushed,
-    )
-    return result if pushed else _pushed(request, result, target, progress)
+        except QConvertError as error:
+            end(index, error)
+    found, threads = devices.find(requests[0].device), worker_count(requests[0].threads)
+    if works:
+        _announce(list(works.values()), on_plan)
+        if not requests[0].stream:
+            checkpoint = stages.fetched(first, progress).checkpoint
+            for work in works.values():
+                work.planned = replace(work.planned, checkpoint=checkpoint)
+                work.clock.lap("fetch")
+    with ExitStack() as stack:
+        for work in works.values():
+            stack.enter_context(work.staged.open(restart=work.request.restart))
+        failures = stages.pour(list(works.values()), found, threads, progress) if works else []
+        for (index, work), failure in zip(works.items(), failures, strict=True):
+            if failure is not None:
+                end(index, stages.give_up(work, failure))
+                continue
+            try:
+                result = stages.finish(work, progress)
+                end(index, stages.pushed(work, result, progress))
+            except Interrupted:
+                raise
+            except QConvertError as error:
+                end(index, error)
+    return [outcomes[index] for index in range(len(requests))]
 
 
-def check_space(planned: Plan, staged: Staging) -> None:
-    """Raises DiskFull when the file system has less room than the plan still needs."""
-    folder = staged.destination.parent
-    need, free = planned.disk_bytes - staged.held_bytes, shutil.disk_usage(folder).free
-    if free < need:
-        raise DiskFull(
-            f"not enough space in {folder}: {need:,} bytes needed, {free:,} free",
-            hint="free some space, or choose another folder with --output DIR",
-        )
+def _announce(works: Sequence[Work], on_plan: Callable[[Plan], None] | None) -> None:
+    """Refuses what can be refused before anything is read, and says what will be done."""
+    for work in works:
+        if not work.request.hub_to_hub:
+            stages.check_destination(work)
+        if on_plan is not None:
+            on_plan(work.planned)
+    stages.check_space(works)
 
 
-def write_side_files(planned: Plan, tree: Path) -> None:
-    """Writes config.json and the index, and copies tokenizer and licence files byte for byte."""
-    root = source.fetch_side_files(planned.checkpoint)
-    with staging.output_errors(tree):
-        for name, data in planned.generated.items():
-            staging.write_file(tree / name, data)
-        for name in planned.copied:
-            staging.write_file(tree / name, (root / name).read_bytes())
+def _refuse_apart(requests: Sequence[Request]) -> None:
+    one = requests[0]
+    for request in requests:
+        method = registry.info(request.method)
+        if method.calibrated:
+            raise UsageError(f"{request.method} reads every block several times: convert it alone")
+        if method in (registry.DEQUANTIZE, registry.TRANSCODE):
+            raise UsageError(f"{request.method} shares its source with no other method")
+        if request.hub_to_hub:
+            raise UsageError(
+                "several formats cannot go from Hub to Hub in one read",
+                hint="name a folder with --output, or convert one after the other",
+            )
+        for name in ("model", "revision", "stream", "device", "threads"):
+            if getattr(request, name) != getattr(one, name):
+                raise UsageError(f"requests that differ in {name} do not share a read")
 
 
 # ── the source ───────────────────────────────────────────────────────────────────────────────
@@ -246,7 +237,7 @@ def _streamed(planned: Plan, request: Request) -> Plan:
     """The same plan with what a stream takes: a window of memory, and room for fewer shards."""
     disk = planned.disk_bytes
     if request.hub_to_hub:
-        most = shards_at_once(planned, _SHARDS_ON_DISK)
+        most = shards_at_once(planned, stages.SHARDS_ON_DISK)
         sizes = [shard.size for shard in planned.shards]
         windows = (sum(sizes[at : at + most]) for at in range(len(sizes) - most + 1))
         disk -= planned.weight_bytes - max(windows)
@@ -254,19 +245,26 @@ def _streamed(planned: Plan, request: Request) -> Plan:
     return replace(planned, peak_bytes=planned.peak_bytes + window, disk_bytes=disk)
 
 
-def _fetched(planned: Plan, progress: Progress | None) -> Plan:
-    """The same plan with the source's weights and side files on this disk."""
-    return replace(planned, checkpoint=source.localize(planned.checkpoint, progress))
+# ── calibration ──────────────────────────────────────────────────────────────────────────────
+
+
+def _read_text(
+    request: Request, planned: Plan, found: Sequence[str], threads: int, progress: Progress | None
+) -> tuple[Plan, Prepared]:
+    """The plan, with the source and the calibration text on this disk, and the text."""
+    work = stages.begin(replace(request, push=None), planned)
+    if not work.staged.root.exists():  # refuse before anything is downloaded
+        stages.check_destination(work)
+    planned = stages.fetched(planned, progress)
+    return prepare.read(planned, request.calibration_options(), found, threads)
 
 
 def _solve(
-    planned: Plan,
+    work: Work,
     prepared: Prepared | None,
-    staged: Staging,
     found: Sequence[str],
     threads: int,
     on_event: OnEvent | None,
-    clock: _Clock,
 ) -> Calibrated | None:
     """Solves every layer of a calibrated method; None for a method that reads no data."""
     if prepared is None:
@@ -274,21 +272,21 @@ def _solve(
     from qconvert.calibration.estimate import estimate
     from qconvert.calibration.solve import solve
 
-    _check_source(planned)
-    seconds = estimate(planned, found, threads).total if on_event else 0.0
+    _check_source(work.planned)
+    seconds = estimate(work.planned, found, threads).total if on_event else 0.0
     try:
         return solve(
-            planned,
+            work.planned,
             prepared.ids,
             prepared.settings,
-            staged,
+            work.staged,
             devices=found,
             threads=threads,
             estimate=seconds,
             on_event=on_event or (lambda event: None),
         )
     finally:
-        clock.lap("calibrate")
+        work.clock.lap("calibrate")
 
 
 def _check_source(planned: Plan) -> None:
@@ -296,157 +294,6 @@ def _check_source(planned: Plan) -> None:
 
     Of what calibration has found, nobody can tell which file it came from.
     """
-    with source.SourceReader(planned.checkpoint) as reader:
+    with SourceReader(planned.checkpoint) as reader:
         for file in planned.checkpoint.files:
             reader.check(file)
-
-
-# ── the work ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _pour(
-    request: Request,
-    planned: Plan,
-    staged: Staging,
-    solution: Solution,
-    sink: Sink | None,
-    found: Sequence[str],
-    threads: int,
-    progress: Progress | None,
-) -> tuple[Poured, Report | None]:
-    """Pours all shards; of a stream, also the numeric level's report."""
-    run = partial(
-        pour,
-        planned,
-        staged,
-        threads=threads,
-        quantize=_quantizer(found),
-        solution=solution,
-        progress=progress,
-    )
-    if not request.stream:
-        return run(), None
-    from qconvert.hub.stream import StreamReader
-    from qconvert.validation.streamed import StreamProof
-
-    proof = StreamProof(planned) if request.validate else None
-
-    def stream(files: Sequence[str]) -> StreamReader:
-        return StreamReader(
-            planned.checkpoint,
-            files,
-            window_bytes=footprint.window_bytes(planned.checkpoint),
-            on_verified=lambda file, sha256: staged.record(source=file, sha256=sha256),
-        )
-
-    for left in reversed(range(_TRIES)):
-        try:
-            poured = run(source=stream, prove=proof.tensor if proof else None, sink=sink)
-            break
-        except CorruptFile:  # what was poured of that file is not believed, and it comes again
-            if not left:
-                raise
-    if proof is None:
-        return poured, None
-    proofs = {name: p for sealed in poured.sealed.values() for name, p in sealed.proofs.items()}
-    files = planned.checkpoint.files.items()
-    return poured, proof.report(proofs, {name: file.sha256 or "" for name, file in files})
-
-
-def _prove(
-    request: Request,
-    planned: Plan,
-    tree: Path,
-    numeric: Report | None,
-    sink: BranchSink | None,
-    progress: Progress | None,
-) -> tuple[Verdict | None, tuple[Report, ...]]:
-    if not request.validate:
-        return None, ()
-    from qconvert import validation
-
-    branch = (sink.repo_id, sink.head) if sink is not None else None
-    proof = validation.validate_plan(
-        tree, planned, branch=branch, numeric=numeric, device=request.device, progress=progress
-    )
-    validation.require(proof.reports)
-    return proof.verdict, proof.reports
-
-
-def _quantizer(found: Sequence[str]) -> Quantize | None:
-    """Where blocks are quantized: None is the CPU's own kernels."""
-    from qconvert import accelerator
-
-    return accelerator.choose(found)
-
-
-# ── the target ───────────────────────────────────────────────────────────────────────────────
-
-
-def _sink(
-    request: Request, planned: Plan, target: Target | None, progress: Progress | None
-) -> BranchSink | None:
-    """Where shards go that are not to stay here; None where they are."""
-    if not request.hub_to_hub or target is None:
-        return None
-    from qconvert.hub.branch import BranchSink
-
-    return BranchSink(target, planned, most_on_disk=_SHARDS_ON_DISK, progress=progress)
-
-
-def _published_earlier(request: Request, planned: Plan, target: Target | None) -> Result | None:
-    """The result of a run from Hub to Hub that ended before it could say so, if it was proved
-    as far as it is to be now."""
-    from qconvert.hub.branch import finished
-
-    found = finished(target, planned) if target else None
-    if found is None:
-        return None
-    pushed, document = found
-    earlier = replace(_finished(document, planned, None), pushed=pushed)
-    return None if request.validate and earlier.verdict is None else earlier
-
-
-def _pushed(
-    request: Request, result: Result, target: Target | None, progress: Progress | None
-) -> Result:
-    """The result, pushed if that was asked for."""
-    if request.push is None or target is None or result.folder is None:
-        return result
-    from qconvert.hub.push import push_folder
-
-    unverified = request.push.unverified
-    try:
-        pushed: Pushed = push_folder(
-            result.folder, target, unverified=unverified, progress=progress
-        )
-    except HubError as error:  # the same command goes on with the push, since the folder is whole
-        error.args = (f"{error}; the result is complete in {result.folder}",)
-        raise
-    return replace(result, pushed=pushed)
-
-
-def _finished_earlier(destination: Path, planned: Plan) -> Result:
-    """The result of a run that ended before it could say so, or before it was pushed."""
-    return _finished(manifest.read(destination) or {}, planned, destination)
-
-
-def _finished(document: JSON, planned: Plan, destination: Path | None) -> Result:
-    validation = document["validation"]
-    reports = tuple(manifest.report_from(data) for data in validation["reports"])
-    verdict = Verdict(validation["verdict"]) if validation["verdict"] else None
-    figures = figures_from(document["calibration"]["figures"]) if planned.calibration else None
-    return Result(destination, planned, verdict, reports, planned.total_bytes, {}, figures)
-
-
-class _Clock:
-    """Wall time of the stages of a run; goes to the run log, never into a hashed file."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, stage: str) -> None:
-        now = time.monotonic()
-        self.laps[stage] = round(now - self._last, 3)
-        self._last = now

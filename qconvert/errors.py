@@ -1,7 +1,7 @@
 """Every error a user can meet, in one file.
 
     QConvertError
-    ├ UsageError 2        unknown method, bad group size, output inside the source
+    ├ UsageError 2        unknown method, bad group size, output inside the source · InvalidJobs
     ├ SourceError 3       NotFound · Gated · CorruptFile · IndexMismatch · MissingShard · UnsafePath
     │                     UnsafeFormat · NonFinite · UnsupportedConfig · RemoteCode
     ├ OutputError 4       Exists · Locked · DiskFull · NotWritable · StaleStaging
@@ -17,6 +17,7 @@ here, once, so that a hostile tensor name can neither move the cursor nor fill t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -57,6 +58,20 @@ class QConvertError(Exception):
 
 class UsageError(QConvertError):
     exit_code = 2
+
+
+class InvalidJobs(UsageError):
+    """A batch file with mistakes; `problems` has every one of them, (line, what), in order."""
+
+    _MOST = 50
+
+    def __init__(self, file: str, problems: Sequence[tuple[int, str]]) -> None:
+        shown = [f"{printable(file)}:{line}: {what}" for line, what in problems[: self._MOST]]
+        if len(problems) > self._MOST:
+            shown.append(f"and {len(problems) - self._MOST} more")
+        first = f"{len(problems)} mistakes in {printable(file)}\n\n" if len(problems) > 1 else ""
+        super().__init__(first + "\n".join(shown))
+        self.problems = tuple(problems)
 
 
 class SourceError(QConvertError):

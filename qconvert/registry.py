@@ -12,6 +12,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from qconvert.errors import UsageError, printable
@@ -70,6 +71,14 @@ class MethodInfo:
         for name in {"compute_dtype", "dtype"} & takes.keys():
             given.setdefault(name, dtype)
         return make(**layout.fixed, **given), layout.load_container()
+
+    def annotation(self, option: str) -> str:
+        """The type of an option as the method's code names it ("int | None"); "" if it does not."""
+        for layout in self.layouts.values():
+            parameter = inspect.signature(_load(layout.method)).parameters.get(option)
+            if parameter is not None and parameter.annotation is not inspect.Parameter.empty:
+                return inspect.formatannotation(parameter.annotation).strip("'")
+        return ""
 
     def unusual(self, container: str) -> str | None:
         """The container's name unless it is the default one."""
@@ -219,6 +228,15 @@ def formats() -> list[str]:
     """The formats that methods without calibration write: what codes may be moved to."""
     names = (name for method in METHODS if not method.calibrated for name in method.layouts)
     return list(dict.fromkeys(names))
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The names of all methods, those of entry points last."""
+    from importlib.metadata import entry_points
+
+    added = sorted(entry_point.name for entry_point in entry_points(group=GROUP))
+    return (*(method.verb for method in METHODS), *added)
 
 
 def info(verb: str) -> MethodInfo:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qconvert import mixture, naming, registry
 from qconvert.calibration.options import CalibrationOptions
 from qconvert.calibration.report import Figures
-from qconvert.errors import UsageError
+from qconvert.errors import UsageError, printable
 from qconvert.layout import DEFAULT_SHARD_BYTES
 from qconvert.planning import Override
 from qconvert.types import JSON, TORCH_NAMES, Plan, Report, Verdict
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qconvert.hub.target import PushOptions
 
 
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
 DTYPES = ("compute_dtype", "dtype")
 """Options whose values have other names on the command line."""
 
@@ -89,6 +90,27 @@ class Request:
     def parsed_overrides(self) -> list[Override]:
         """`overrides`, parsed; raises UsageError."""
         return [_override(text) for text in self.overrides]
+
+    def check(self) -> None:
+        """Raises UsageError for what no source could make right; opens none."""
+        method = registry.info(self.method)
+        self.skip_pattern()
+        for override in self.parsed_overrides():
+            method.refuse_unknown(override.options)
+        if self.calibration is not None and not method.calibrated:
+            raise UsageError(
+                f"{self.method} reads no data: it takes no calibration options",
+                hint=f"qconvert {self.method} --help",
+            )
+        if self.stream and method.calibrated:
+            raise UsageError(
+                f"{self.method} reads every block several times: it cannot be streamed",
+                hint="leave --stream out",
+            )
+        if self.push is not None and not self.validate and not self.push.unverified:
+            raise UsageError(
+                "a result that is not validated is not pushed", hint="--push-unverified"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +192,9 @@ def _option(name: str, value: Any) -> list[str]:
 def _regex(text: str, option: str, hint: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise UsageError(
-            f"{option} {text!r} is not a regular expression: {error}", hint=hint
+            f"{option} '{printable(text)}' is not a regular expression: {error}", hint=hint
         ) from error
 
 
@@ -181,9 +203,9 @@ def _override(text: str) -> Override:
     example = "--override 'down_proj=bits:4,group_size:64'"
     pattern, equals, settings = text.rpartition("=")
     pairs = [pair.partition(":") for pair in settings.split(",")]
-    if not equals or any(not (key and value.strip().isdigit()) for key, _, value in pairs):
+    if not equals or not all(key and _NUMBER.fullmatch(value.strip()) for key, _, value in pairs):
         raise UsageError(
-            f"--override {text!r} is not REGEX=option:number,…",
+            f"--override '{printable(text)}' is not REGEX=option:number,…",
             hint=example,
         )
     options = {key.strip().replace("-", "_"): int(value) for key, _, value in pairs}

@@ -1,24 +1,48 @@
-"""The YAML at the head of a model card, read as strangers write it: in bounded time, or refused.
+"""YAML of model cards and batch files, read as strangers write it: in bounded time, or refused.
 
 PyYAML is made for friends. Aliases multiply ("billion laughs"), tags name types, nesting is met
 with recursion, the last of two equal keys wins, and `language: no` is False. The Hub reads cards
 as YAML 1.2, where `no` is Norwegian and a repeated key an error. So only PyYAML's *events* are
 used here, and of them only so many; what they describe is built by hand: mappings with distinct
 keys, lists, and scalars as YAML 1.2's core schema understands them. No alias, anchor or tag.
+Mappings and lists remember the lines of their members, for messages that name them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from qconvert.errors import CorruptFile, printable
-from qconvert.types import JSON
 
-MAX_CHARS = 65_536
-MAX_EVENTS = 20_000
-MAX_DEPTH = 16
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large a document may be: characters, parts (keys, values, brackets), levels."""
+
+    chars: int
+    events: int
+    depth: int
+
+
+CARD = Limits(65_536, 20_000, 16)
+
+
+class Mapping(dict[str, Any]):
+    """A mapping of a document; `lines` has the line of each key."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, int] = {}
+
+
+class Sequence(list[Any]):
+    """A list of a document; `lines` has the line of each value."""
+
+    def __init__(self) -> None:
+        self.lines: list[int] = []
+
 
 _BLOCK = re.compile(
     r"\ufeff?\s*---(?:\r\n|\r|\n)(?P<yaml>.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|\Z)", re.DOTALL
@@ -45,17 +69,17 @@ def split(text: str) -> tuple[str | None, str]:
     return (found["yaml"], text[found.end() :]) if found else (None, text)
 
 
-def loads(text: str, *, file: str, line: int = 1) -> JSON:
-    """A YAML mapping as a JSON value (floats may be NaN or infinite).
+def loads(text: str, *, file: str, line: int = 1, limits: Limits = CARD) -> Mapping:
+    """A YAML mapping as a JSON value (floats may be NaN or infinite) of Mapping and Sequence.
 
     Raises CorruptFile, naming `file` and the line, for anything else and for anything dubious.
     `line`: the one of the file on which `text` begins.
     """
     import yaml  # 20 ms
 
-    if len(text) > MAX_CHARS:
-        raise CorruptFile(f"more than {MAX_CHARS:,} characters of YAML", file=file)
-    builder = _Builder(iter(yaml.parse(text, Loader=yaml.SafeLoader)), file, line)
+    if len(text) > limits.chars:
+        raise CorruptFile(f"more than {limits.chars:,} characters of YAML", file=file)
+    builder = _Builder(iter(yaml.parse(text, Loader=yaml.SafeLoader)), file, line, limits)
     try:
         value = builder.document()
     except yaml.MarkedYAMLError as error:
@@ -64,18 +88,19 @@ def loads(text: str, *, file: str, line: int = 1) -> JSON:
         raise CorruptFile(f"not valid YAML{where}: {printable(problem)}", file=file) from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # "\UFFFFFFFF" is no character
         raise CorruptFile(f"not valid YAML: {printable(error)}", file=file) from None
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         raise CorruptFile("not a YAML mapping", file=file)
     return value
 
 
 class _Builder:
-    """Values from events, never more than MAX_EVENTS of them."""
+    """Values from events, never more of them than `limits` say."""
 
-    def __init__(self, events: Iterator[Any], file: str, line: int) -> None:
+    def __init__(self, events: Iterator[Any], file: str, line: int, limits: Limits) -> None:
         self._events = events
         self._line = line
-        self._left = MAX_EVENTS
+        self._limits = limits
+        self._left = limits.events
         self._file = file
 
     def document(self) -> Any:
@@ -95,30 +120,31 @@ class _Builder:
         event = next(self._events)
         self._left -= 1
         if self._left < 0:
-            raise self._refuse(f"more than {MAX_EVENTS:,} values", event)
+            raise self._refuse(f"more than {self._limits.events:,} values", event)
         return event
 
     def _value(self, event: Any, depth: int) -> Any:
         kind = _kind(event)
-        if depth > MAX_DEPTH:
-            raise self._refuse(f"nested more than {MAX_DEPTH} deep", event)
+        if depth > self._limits.depth:
+            raise self._refuse(f"nested more than {self._limits.depth} deep", event)
         if kind == "Alias" or event.anchor is not None:
             raise self._refuse("anchors and aliases are not allowed", event)
         if event.tag is not None:
             raise self._refuse("tags are not allowed", event)
         if kind == "Scalar":
             plain = event.implicit[0]
-            return _resolve(event.value) if plain else _whole(event.value)
+            return resolve(event.value) if plain else _whole(event.value)
         return self._list(depth) if kind == "SequenceStart" else self._mapping(depth)
 
-    def _list(self, depth: int) -> list[Any]:
-        values = []
+    def _list(self, depth: int) -> Sequence:
+        values = Sequence()
         while _kind(event := self._next()) != "SequenceEnd":
+            values.lines.append(self._line_of(event))
             values.append(self._value(event, depth + 1))
         return values
 
-    def _mapping(self, depth: int) -> JSON:
-        members: JSON = {}
+    def _mapping(self, depth: int) -> Mapping:
+        members = Mapping()
         while _kind(event := self._next()) != "MappingEnd":
             if _kind(event) != "Scalar":
                 raise self._refuse("a key that is no text", event)
@@ -126,11 +152,16 @@ class _Builder:
             key = _whole(event.value)
             if key in members:
                 raise self._refuse(f"duplicate key {printable(key)!r}", event)
+            members.lines[key] = self._line_of(event)
             members[key] = self._value(self._next(), depth + 1)
         return members
 
     def _refuse(self, what: str, event: Any) -> CorruptFile:
-        return CorruptFile(f"{what}, line {event.start_mark.line + self._line}", file=self._file)
+        return CorruptFile(f"{what}, line {self._line_of(event)}", file=self._file)
+
+    def _line_of(self, event: Any) -> int:
+        line: int = event.start_mark.line + self._line
+        return line
 
 
 def _kind(event: Any) -> str:
@@ -144,7 +175,7 @@ def _whole(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _resolve(plain: str) -> Any:
+def resolve(plain: str) -> Any:
     """The value of an unquoted scalar in YAML 1.2's core schema."""
     if plain in _NULL:
         return None

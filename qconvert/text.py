@@ -1,9 +1,14 @@
-"""Numbers in words: what the screen and the model card have in common."""
+"""Numbers in words, and back: what the screen, the model card and a batch file have in common."""
 
 from __future__ import annotations
 
+import re
+
 from qconvert.errors import printable
 from qconvert.types import JSON
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)B?", re.ASCII)
 
 
 def human_bytes(count: float) -> str:
@@ -13,6 +18,15 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "5GB" or "1.5 TB" (decimal units, at least one byte); raises ValueError."""
+    found = _SIZE.fullmatch(text.strip().upper())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size < 1:
+        raise ValueError(f"{printable(text)!r} is not a size")
+    return size
 
 
 def human_seconds(seconds: float) -> str:

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from qconvert import arrays, card, manifest, naming, registry, staging
-from qconvert.conversion import write_side_files
 from qconvert.methods.aqlm import AQLM
 from qconvert.planning import announced_dtype, make_plan
 from qconvert.pour import pour
 from qconvert.solution import Solution, save
 from qconvert.source import SourceReader, open_checkpoint
+from qconvert.stages import write_side_files
 from qconvert.staging import Staging
 from qconvert.stored import read_tensor
 from qconvert.types import Action, Array, Plan, PlanEntry

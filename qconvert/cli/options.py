@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qconvert.errors import UsageError, printable
+from qconvert.text import parse_bytes
 
 if TYPE_CHECKING:
     from qconvert.hub.target import PushOptions
@@ -119,13 +119,9 @@ def push_options(given: Mapping[str, Any]) -> PushOptions | None:
     return None
 
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
 def parse_size(text: str) -> int:
     """Bytes of "5GB" (decimal units, as on the Hub); raises UsageError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
-    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if size < 1:
-        raise UsageError(f"--max-shard-size {text!r} is not a size", hint="--max-shard-size 5GB")
-    return size
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"--max-shard-size {error}", hint="--max-shard-size 5GB") from None

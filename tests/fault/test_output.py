@@ -176,7 +176,7 @@ def test_a_full_disk_and_then_a_larger_one(
     need = sum(len(data) for data in tree(tmp_path / "whole").values())
     small = mounted(f"size={int(need * share)}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qconvert.conversion.check_space", lambda planned, staged: None)
+        patch.setattr("qconvert.stages.check_space", lambda works: None)
         with pytest.raises(errors.DiskFull) as caught:
             convert(request(source, small / "out"))
     assert caught.value.hint

@@ -1,0 +1,1 @@
+"""Many conversions from one file: what it asks for, in which order, and how they are run."""
