@@ -19,8 +19,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qconvert import arrays
-from qconvert.decoding.compressed import PackedZeros, Words
 from qconvert.decoding.mxfp4 import MXFP4
+from qconvert.decoding.packed import PackedZeros, Words
 from qconvert.decoding.scaled import Bytes, Floats, Grid, Known, Nibbles, Scaled
 from qconvert.tiles import TILE_ELEMENTS
 from qconvert.types import ITEMSIZE, Array, Encoded, ReadStored, TensorInfo

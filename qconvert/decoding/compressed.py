@@ -20,12 +20,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qconvert import arrays, modelconfig
-from qconvert.decoding import parts
 from qconvert.decoding.found import Found, announced, largest_first, part, read_small
+from qconvert.decoding.packed import WORD, Integers, Ordered, PackedZeros, Words
 from qconvert.decoding.scaled import Bytes, Codes, Factors, Floats, Grid, Known, Nibbles, Scaled
 from qconvert.errors import CorruptFile, UnsupportedConfig
-from qconvert.lazy import np
-from qconvert.types import FLOAT_DTYPES, JSON, Array, Checkpoint, ReadStored, TensorInfo
+from qconvert.types import FLOAT_DTYPES, JSON, Checkpoint, TensorInfo
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _SUMMARIES = ("dense", "mixed-precision")
@@ -35,7 +34,6 @@ _OF_ACTIVATIONS = tuple(
     for prefix in ("input", "output", "q", "k", "v")
     for kind in ("scale", "zero_point", "global_scale")
 )
-_WORD = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ def find(checkpoint: Checkpoint, config: JSON) -> Found:
     schemes = set(_schemes(config))
     dtype = announced(checkpoint)
     tensors = checkpoint.tensors
-    shapes = _shapes(checkpoint)
+    shapes = _shapes(checkpoint, schemes)
     encoded = {}
     bits = set()
     for name, info in tensors.items():
@@ -129,11 +127,20 @@ def _unsupported(what: str, expected: str, got: object) -> UnsupportedConfig:
     )
 
 
-def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The shapes of packed weights, by module."""
+def _shapes(checkpoint: Checkpoint, schemes: set[_Scheme]) -> dict[str, tuple[int, ...]]:
+    """The shapes of packed weights, by module, from the tensors that say them.
+
+    On the Hub those are read alone that nothing else tells: a large mixture of experts has 70,000
+    of them, each in a request of its own.
+    """
     infos = []
+    shapes: dict[str, tuple[int, ...]] = {}
     for info in checkpoint.tensors.values():
         if info.name.endswith(".weight_shape"):
+            module = info.name.removesuffix(".weight_shape")
+            if checkpoint.remote and (told := _told(checkpoint, module, schemes)):
+                shapes[module] = told
+                continue
             if info.dtype not in ("I64", "I32") or info.shape != (2,):
                 raise CorruptFile(
                     "not a shape",
@@ -143,7 +150,6 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
                     got=f"{info.dtype} {list(info.shape)}",
                 )
             infos.append(info)
-    shapes: dict[str, tuple[int, ...]] = {}
     for info, data in zip(infos, read_small(checkpoint, infos), strict=True):
         rows, columns = arrays.values(data, info.dtype)
         if not (0 < rows < 2**31 and 0 < columns < 2**31):
@@ -156,6 +162,22 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
             )
         shapes[info.name.removesuffix(".weight_shape")] = rows, columns
     return shapes
+
+
+def _told(checkpoint: Checkpoint, module: str, schemes: set[_Scheme]) -> tuple[int, int] | None:
+    """The shape of a packed weight as its scales tell it, if they do: so many groups of a size."""
+    codes = checkpoint.tensors.get(f"{module}.weight_packed")
+    scale = checkpoint.tensors.get(f"{module}.weight_scale")
+    if codes is None or scale is None or len(codes.shape) != 2 or len(scale.shape) != 2:
+        return None
+    rows, wide = codes.shape
+    groups = scale.shape[1]
+    columns = {
+        groups * s.group_size
+        for s in schemes
+        if s.group_size and groups > 1 and -(-groups * s.group_size * s.bits // WORD) == wide
+    }
+    return (rows, columns.pop()) if len(columns) == 1 else None
 
 
 # ── a layer ──────────────────────────────────────────────────────────────────────────────────
@@ -200,7 +222,7 @@ class _Layer:
         fitting = {
             s
             for s in schemes
-            if s.kind == "int" and self.codes.shape == (rows, -(-columns * s.bits // _WORD))
+            if s.kind == "int" and self.codes.shape == (rows, -(-columns * s.bits // WORD))
         }
         if len({s.bits for s in fitting}) != 1:
             listed = " or ".join(str(s.bits) for s in sorted(schemes, key=lambda s: s.bits))
@@ -214,7 +236,7 @@ class _Layer:
 
     def _unpacked(self, columns: int) -> Codes:
         """How packed codes are read; without a gap at the end of a row, 4 and 8 bits are bytes."""
-        if self.bits in (4, 8) and columns * self.bits % _WORD == 0:
+        if self.bits in (4, 8) and columns * self.bits % WORD == 0:
             shape = self.codes.shape[0], columns * self.bits // 8
             as_bytes = replace(self.codes, dtype="U8", shape=shape)
             return Bytes(as_bytes) if self.bits == 8 else Nibbles(as_bytes, first_is_high=False)
@@ -266,7 +288,7 @@ class _Layer:
         name = f"{self.module}.weight_zero_point"
         if name not in self.checkpoint.tensors:
             return None
-        words = -(-grid.high * self.bits // _WORD), grid.wide
+        words = -(-grid.high * self.bits // WORD), grid.wide
         zero = part(
             self.checkpoint, name, ("I8", "I32", *FLOAT_DTYPES), scale.shape, words,
             of=self.codes.name,
@@ -287,86 +309,3 @@ class _Layer:
             expected=expected,
             got=got,
         )
-
-
-# ── how they lie in the file ─────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """Codes of `bits` bits, packed along each row without a gap."""
-
-    part: TensorInfo
-    columns: int
-    bits: int
-
-    def read(self, read_stored: ReadStored, start: int, stop: int) -> Array:
-        from qconvert.decoding import _kernels as kernels
-
-        wide = self.part.shape[1]
-        row, last = start // self.columns, (stop - 1) // self.columns
-        first = row * wide + (start - row * self.columns) * self.bits // _WORD
-        end = (stop - 1 - last * self.columns) * self.bits + self.bits
-        words = parts.read(read_stored, self.part, first, last * wide - (-end // _WORD))
-        codes = np.empty(stop - start, np.uint8)
-        kernels.unpack_words(
-            words.view(np.uint32), first, wide, self.columns, self.bits, start, codes
-        )
-        return codes
-
-
-@dataclass(frozen=True, slots=True)
-class PackedZeros:
-    """Zero points of `bits` bits, packed along each column without a gap."""
-
-    part: TensorInfo
-    wide: int
-    bits: int
-
-    def read(self, read_stored: ReadStored, first: int, last: int) -> Array:
-        bit = np.arange(first // self.wide, last // self.wide) * self.bits
-        begin, end = int(bit[0]) // _WORD, (int(bit[-1]) + self.bits - 1) // _WORD + 1
-        stored = parts.read(read_stored, self.part, begin * self.wide, end * self.wide)
-        words = stored.view(np.uint32).astype(np.uint64).reshape(-1, self.wide)
-        low = bit // _WORD - begin
-        pairs = words[low] | words[np.minimum(low + 1, len(words) - 1)] << np.uint64(_WORD)
-        codes = pairs >> (bit % _WORD).astype(np.uint64)[:, None] & np.uint64(2**self.bits - 1)
-        return (codes.astype(np.float32) - np.float32(2 ** (self.bits - 1))).reshape(-1)
-
-
-@dataclass(frozen=True, slots=True)
-class Integers:
-    """Zero points of a byte each."""
-
-    part: TensorInfo
-
-    def read(self, read_stored: ReadStored, first: int, last: int) -> Array:
-        return parts.read(read_stored, self.part, first, last).astype(np.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class Ordered:
-    """A factor for each element, of which a tensor tells the group by its column."""
-
-    groups: Factors
-    part: TensorInfo
-    wide: int
-
-    def read(self, read_stored: ReadStored, first: int, last: int) -> Array:
-        columns = self.part.numel
-        order = parts.read(read_stored, self.part, 0, columns)
-        rows = first // columns, last // columns
-        factors = self.groups.read(read_stored, rows[0] * self.wide, rows[1] * self.wide)
-        factors = factors.reshape(-1, self.wide)
-        if (order == -1).any():  # as the library makes it, and never filled in: in their order
-            order = np.arange(columns) // (columns // self.wide)
-        counts = np.bincount(order, minlength=self.wide) if order.min() >= 0 else order
-        if not np.array_equal(counts, np.full(self.wide, columns // self.wide)):
-            raise CorruptFile(
-                "not the groups of columns",
-                file=self.part.file,
-                tensor=self.part.name,
-                expected=f"each of 0 to {self.wide - 1} {columns // self.wide} times",
-                got=f"{order.min()} to {order.max()}",
-            )
-        return factors[:, order].reshape(-1)

@@ -13,7 +13,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
 
+from qconvert.decoding.compressed import _schemes, _told
 from qconvert.errors import CorruptFile, UnsupportedConfig
+from qconvert.source import open_folder
 from tests.decoding.reading import same, weights, with_quantization
 from tests.models import tiny
 
@@ -151,6 +153,22 @@ def test_scales_of_activations_and_caches_are_left_out(tmp_path: Path) -> None:
     }
     save_file(stored | added, folder / "model.safetensors", metadata={"format": "pt"})
     assert weights(folder).keys() == before
+
+
+@pytest.mark.parametrize("size", [32, 64, None])
+def test_scales_tell_a_shape_where_there_are_groups(tmp_path: Path, size: int | None) -> None:
+    folder = tiny("llama", tmp_path)
+    strategy = {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
+    stored, _ = compress(folder, "pack-quantized", {"num_bits": 4, **strategy})
+    checkpoint = open_folder(folder, quantized=True)
+    schemes = set(_schemes(checkpoint.config["quantization_config"]))
+    told = 0
+    for name, shape in stored.items():
+        if name.endswith(".weight_shape"):
+            found = _told(checkpoint, name.removesuffix(".weight_shape"), schemes)
+            assert found in (None, tuple(shape.tolist()))
+            told += found is not None
+    assert told == {32: 14, 64: 2, None: 0}[size]
 
 
 # ── what makes no sense ──────────────────────────────────────────────────────────────────────

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qconvert import arrays
-from qconvert.decoding.compressed import PackedZeros, Words
+from qconvert.decoding.packed import PackedZeros, Words
 from qconvert.decoding.scaled import Bytes, Floats, Grid, Known, Nibbles, Scaled
 from qconvert.types import Array, ReadStored, TensorInfo
 
