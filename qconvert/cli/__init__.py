@@ -18,7 +18,15 @@ from typing import Annotated, NoReturn
 import typer
 
 from qconvert import errors
-from qconvert.cli import card_verb, convert_verbs, hints, hub_verbs, read_verbs, transcode_verbs
+from qconvert.cli import (
+    card_verb,
+    convert_verbs,
+    hints,
+    hub_verbs,
+    read_verbs,
+    together_verb,
+    transcode_verbs,
+)
 from qconvert.version import __version__
 
 # numpy starts a pool of BLAS threads when it is imported, 60 ms of a short verb's time, and
@@ -36,6 +44,7 @@ app = typer.Typer(
 )
 convert_verbs.register(app)
 transcode_verbs.register(app)
+together_verb.register(app)
 read_verbs.register(app)
 card_verb.register(app)
 hub_verbs.register(app)

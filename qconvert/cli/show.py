@@ -23,7 +23,7 @@ from rich.table import Table
 from qconvert import mixture
 from qconvert.cli import show_calibration, show_hub
 from qconvert.cli.loaders import print_loaders
-from qconvert.errors import printable
+from qconvert.errors import QConvertError, printable
 from qconvert.text import figures, human_bytes
 from qconvert.types import JSON, Action, Plan, Report, Verdict
 
@@ -147,21 +147,7 @@ class Screen:
     def result(self, result: Result) -> None:
         """What was made and what was proved of it."""
         if self._json:
-            print_json(
-                {
-                    "folder": result.folder and str(result.folder),
-                    "pushed": result.pushed and asdict(result.pushed),
-                    "verdict": result.verdict,
-                    "bytes": result.plan.total_bytes,
-                    "source_bytes": _source_bytes(result.plan),
-                    "bits_per_weight": result.plan.bits_per_weight,
-                    "resumed_bytes": result.resumed_bytes,
-                    "seconds": dict(result.seconds),
-                    "calibration": result.figures.as_json() if result.figures else None,
-                    "reports": [asdict(report) for report in result.reports],
-                    "warnings": list(result.plan.warnings),
-                }
-            )
+            print_json(result_json(result))
             return
         if not self.talks:
             return
@@ -181,6 +167,11 @@ class Screen:
             f"in {sum(result.seconds.values()):.1f} s",
             soft_wrap=True,
         )
+
+    def failure(self, what: str, error: QConvertError) -> None:
+        """One of several that failed; said even where nothing else is."""
+        hint = f"\n\nhint: {error.hint}" if error.hint else ""
+        print(f"error: {what}: {error}{hint}", file=sys.stderr)
 
     def reports(self, reports: Sequence[Report], verdict: Verdict | None) -> None:
         """The levels of a validation, their figures, and the verdict."""
@@ -234,6 +225,23 @@ class Screen:
         for warning in warnings:
             text = escape(printable(warning, _MOST_OF_WARNING))
             self._err.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
+
+
+def result_json(result: Result) -> JSON:
+    """What machines read of a result."""
+    return {
+        "folder": result.folder and str(result.folder),
+        "pushed": result.pushed and asdict(result.pushed),
+        "verdict": result.verdict,
+        "bytes": result.plan.total_bytes,
+        "source_bytes": _source_bytes(result.plan),
+        "bits_per_weight": result.plan.bits_per_weight,
+        "resumed_bytes": result.resumed_bytes,
+        "seconds": dict(result.seconds),
+        "calibration": result.figures.as_json() if result.figures else None,
+        "reports": [asdict(report) for report in result.reports],
+        "warnings": list(result.plan.warnings),
+    }
 
 
 def plan_files(plan: Plan) -> dict[str, int]:
