@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,32 @@ def test_conv1d_is_transposed_back(tmp_path: Path) -> None:
     for name, parts in quantized.items():
         theirs = int8_vectorwise_dequant(parts["weight"], parts["SCB"])
         assert same(ours[f"{name}weight"], theirs.to(torch.bfloat16).T), name
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("hqq", {"bits": 4, "group_size": 32}),
+        ("hqq", {"bits": 4, "group_size": -1}),
+        ("hqq", {"bits": 8, "group_size": 64}),
+        ("int8", {}),
+    ],
+)
+def test_compressed_tensors(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    source = tiny("llama", tmp_path)
+    folder, stored = converted(source, method, container="compressed-tensors", **options)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    scheme = QuantizationScheme(targets=["Linear"], weights=group["weights"])
+    compressor = BaseCompressor.get_value_from_registry(group.get("format") or config["format"])
+    ours, quantized = weights(folder), layers(stored, "weight_scale")
+    assert len(quantized) == 14
+    for name, parts in quantized.items():
+        theirs = compressor.decompress(parts, scheme)["weight"]
+        assert same(ours[f"{name}weight"], theirs.bfloat16()), name
 
 
 # ── what makes no sense ──────────────────────────────────────────────────────────────────────
