@@ -311,8 +311,8 @@ def test_json_is_all_that_stdout_holds(source: Path, quantized: Path, tmp_path: 
     assert set(found["plan"]) == {
         "source", "revision", "method", "container", "architecture", "dtype", "files",
         "total_bytes", "weight_bytes", "source_bytes", "bits_per_weight", "layer_bits_per_weight",
-        "peak_bytes", "disk_bytes", "tensors", "skip_modules", "loaders", "warnings", "fingerprint",
-        "calibration", "repository", "target",
+        "peak_bytes", "disk_bytes", "tensors", "experts", "skip_modules", "loaders", "warnings",
+        "fingerprint", "calibration", "repository", "target",
     }  # fmt: skip
     assert found["plan"]["total_bytes"] == sum(found["plan"]["files"].values())
     assert found["convert"]["folder"] == str(tmp_path / "out")
