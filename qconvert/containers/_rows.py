@@ -2,8 +2,9 @@
 
 Every container cuts its own layers, because only it knows where the bytes go. Where each part has
 a fixed number of bytes for each row, they all cut alike, and do it here: bitsandbytes (the rows of
-4 bits are its blocks), EETQ (two rows are one run of the kernel) and AQLM. HQQ's slabs lie side by
-side in one word, and are cut in containers/hqq.
+4 bits are its blocks), EETQ (two rows are one run of the kernel), AQLM, and compressed-tensors but
+for the zeros that several rows share. HQQ's slabs lie side by side in one word, and are cut in
+containers/hqq.
 """
 
 from __future__ import annotations
