@@ -30,6 +30,7 @@ from qconvert.types import Verdict
 from qconvert.validation import require, validate_folder
 from tests.decoding.reading import fp8_blocks, replace_weights, same, weights, with_quantization
 from tests.fault.test_kill import digest, run_forked
+from tests.loads.runs import transformers_457
 from tests.models import tiny
 
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -248,9 +249,6 @@ def test_killed_it_goes_on_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_transformers_4_reads_it(made: dict[str, Path], tmp_path: Path) -> None:
-    ready = os.environ.get("QCONVERT_VENV_457")
-    if not ready:
-        pytest.skip("QCONVERT_VENV_457 names no environment with transformers 4.57")
     folder = dequantized(made["compressed-tensors"], tmp_path / "out")
     code = (
         "import sys, torch, transformers; from transformers import AutoModelForCausalLM as A;"
@@ -259,8 +257,7 @@ def test_transformers_4_reads_it(made: dict[str, Path], tmp_path: Path) -> None:
         "assert not any(i.values()), i;"
         "torch.save(m(torch.arange(9)[None]).logits.detach(), sys.argv[2])"
     )
-    python = Path(ready) / "bin" / "python"
-    subprocess.run([python, "-c", code, folder, tmp_path / "4"], check=True)
+    subprocess.run([transformers_457(), "-c", code, folder, tmp_path / "4"], check=True)
     subprocess.run(
         [sys.executable, "-c", code.replace("'4.'", "'5.'"), folder, tmp_path / "5"], check=True
     )

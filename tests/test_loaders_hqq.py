@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from qconvert.loaders import hqq as loader
 from qconvert.stored import open_stored
 from qconvert.types import Plan
 from qconvert.validation import loaders, measure
-from tests.loads.runs import Case, assert_classes, make_all, tokens
+from tests.loads.runs import Case, assert_classes, make_all, tokens, transformers_457
 from tests.models import tiny
 
 MIXED = ("down_proj|output=bits:8,group_size:32", r"\.1\..*(q_proj|query)=bits:2,axis:0")
@@ -335,12 +334,10 @@ print(transformers.__version__)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("QCONVERT_VENV_457" not in os.environ, reason="needs QCONVERT_VENV_457")
 @pytest.mark.parametrize("kind", ["llama-untied", "qwen2"])
 def test_a_checkpoint_that_457_saved(kind: str, tmp_path: Path) -> None:
     source, folder = tiny(kind, tmp_path, dtype="float32"), tmp_path / "saved"
-    python = Path(os.environ["QCONVERT_VENV_457"], "bin", "python")
-    command = [python, "-c", SAVE_457, source, folder, json.dumps(tokens())]
+    command = [transformers_457(), "-c", SAVE_457, source, folder, json.dumps(tokens())]
     out = subprocess.run(command, capture_output=True, text=True, check=False)
     assert out.stdout.startswith("4.57"), out.stderr[-2000:]
     model = load(folder, "LlamaForCausalLM" if kind != "qwen2" else "Qwen2ForCausalLM")

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qconvert import devices
 from qconvert.stored import Stored
@@ -120,16 +120,19 @@ def run(
     device: str = "cpu",
     *,
     child: Path = CHILD,
+    stderr: IO[bytes] | None = None,
 ) -> Iterator[JSON]:
     """What the child of another environment saw of each case, in order.
 
-    Raises Raised if it dies on the way.
+    What it prints goes to `stderr`, which is this process's by default. Raises Raised if it dies on
+    the way.
     """
     with tempfile.TemporaryDirectory(prefix="qconvert-home-") as home:
         process = subprocess.Popen(
             [python, "-I", child],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=stderr,
             env={**isolation.environment(Path(home)), **isolation.SERIAL},
         )
         try:

@@ -8,17 +8,21 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from qconvert.conversion import Request, convert
 from qconvert.types import Plan
-from qconvert.validation import isolation
+from qconvert.validation import elsewhere, environments, isolation, measure
 from tests.aqlm_cases import write_aqlm
 from tests.models import MODELS, save, tiny
 from tests.tiny_models import TINY
 
 ROOT = Path(__file__).parent.parent.parent
+TRANSFORMERS = "4.57.6"
+"""The newest release before 5."""
 
 LAYERS = {
     "llama": 14, "llama-untied": 14, "qwen2": 14, "mistral": 14, "gemma2": 14, "phi3": 8,
@@ -120,19 +124,14 @@ def tokens() -> list[list[int]]:
     return [[generator.randrange(8, 256) for _ in range(24)] for _ in range(2)]
 
 
-def run_child(
-    requests: Sequence[dict[str, Any]], scratch: Path, command: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-    """What the child says of each request; `command` is that of another child than ours."""
+def run_child(requests: Sequence[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
+    """What `child.py` says of each request."""
     home = scratch / "home"
     home.mkdir(exist_ok=True)
-    environment = isolation.environment(home) | {"NUMBA_NUM_THREADS": "1"}  # aqlm's kernel is racy
-    if command:  # another interpreter, with libraries of its own
-        del environment["PYTHONPATH"]
     done = subprocess.run(
-        command or [sys.executable, "-m", "tests.loads.child"],
+        [sys.executable, "-m", "tests.loads.child"],
         input=json.dumps(list(requests)).encode(),
-        env=environment,
+        env={**isolation.environment(home), **isolation.SERIAL},
         cwd=ROOT,
         capture_output=True,
         check=False,
@@ -140,6 +139,50 @@ def run_child(
     assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-4000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(results) == len(requests)
+    return results
+
+
+@cache
+def transformers_457() -> Path:
+    """The Python of an environment with transformers 4.57, kept where such environments are."""
+    names = ("hqq", "bitsandbytes", "aqlm")
+    pins = [f"transformers=={TRANSFORMERS}", *(f"{name}=={version(name)}" for name in names)]
+    spec = environments.parse(",".join([*pins, "compressed-tensors==0.17.0"]))
+    return environments.make(spec, "hqq").python
+
+
+def run_457(
+    requests: Sequence[dict[str, Any]], scratch: Path, child: Path = elsewhere.CHILD
+) -> list[dict[str, Any]]:
+    """What transformers 4.57 makes of each {folder, architecture, dtype, ids, logits}.
+
+    `logits` is the file with what the model must say.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    cases = [
+        {
+            "folder": request["folder"],
+            "architecture": request["architecture"],
+            "dtype": request["dtype"],
+            "import": [],
+            "layers": None,
+            "to": True,
+            "ids": request["ids"],
+            "outputs": str(scratch / f"outputs-{number}"),
+            "prompt": None,
+        }
+        for number, request in enumerate(requests)
+    ]
+    results = list(elsewhere.run(transformers_457(), cases, child=child))
+    for request, case, seen in zip(requests, cases, results, strict=True):
+        if seen["raised"] is None:
+            theirs = load_file(case["outputs"])["outputs"]
+            ours = load_file(request["logits"])["logits"]
+            seen["finite"] = bool(torch.isfinite(theirs).all())
+            seen["error"] = measure.relative_error(ours, theirs)
+            seen["classes"] = {k: v.rpartition(".")[2] for k, v in seen["classes"].items()}
     return results
 
 

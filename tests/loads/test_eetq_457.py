@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.loads.runs import Case, assert_classes, make_all, run_child, tokens
+from tests.loads.runs import (
+    ROOT,
+    TRANSFORMERS,
+    Case,
+    assert_classes,
+    make_all,
+    run_457,
+    run_child,
+    tokens,
+)
 from tests.loads.test_stock_loaders import TOLERANCE
-from tests.loads.test_transformers_457 import TRANSFORMERS, interpreter  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +24,6 @@ CASES = {model: Case(model, "eetq") for model in ("llama", "qwen2", "bert", "mix
 
 
 def test_transformers_457_makes_of_it_the_model_that_we_meant(
-    interpreter: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     made = make_all(CASES, tmp_path)
@@ -27,18 +34,17 @@ def test_transformers_457_makes_of_it_the_model_that_we_meant(
     for seen in run_child(requests, tmp_path):
         assert seen["raised"] is None
     plans = [plan for _, plan in made.values()]
-    child = [str(interpreter), str(Path(__file__).with_name("child_eetq_457.py"))]
-    results = run_child(
+    results = run_457(
         [
             {**request, "architecture": plan.structure.architecture}
             for request, plan in zip(requests, plans, strict=True)
         ],
         tmp_path,
-        child,
+        ROOT / "scripts" / "loader_matrix_eetq.py",
     )
     for plan, seen in zip(plans, results, strict=True):
         assert seen["raised"] is None
-        assert seen["transformers"] == TRANSFORMERS
+        assert f"transformers {TRANSFORMERS} " in seen["loader"]
         assert seen["complaints"] == []
         assert_classes(plan, seen["classes"], "EetqLinear")
         assert seen["finite"]

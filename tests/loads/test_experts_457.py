@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qconvert.mixture import IN_TRANSFORMERS_4
 from qconvert.types import Plan
-from tests.loads.runs import Case, assert_classes, make_all, run_child, tokens
-from tests.loads.test_transformers_457 import ACTIVATIONS, TRANSFORMERS, interpreter  # noqa: F401
+from tests.loads.runs import (
+    TRANSFORMERS,
+    Case,
+    assert_classes,
+    make_all,
+    run_457,
+    run_child,
+    tokens,
+    transformers_457,
+)
+from tests.loads.test_transformers_457 import ACTIVATIONS
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +81,7 @@ Loads = dict[str, tuple[Plan, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def loads(interpreter: Path, tmp_path_factory: pytest.TempPathFactory) -> Loads:  # noqa: F811
+def loads(tmp_path_factory: pytest.TempPathFactory) -> Loads:
     root = tmp_path_factory.mktemp("experts457")
     made = make_all(CASES, root)
     requests = [
@@ -87,13 +95,12 @@ def loads(interpreter: Path, tmp_path_factory: pytest.TempPathFactory) -> Loads:
         assert seen["raised"] is None
         assert seen["complaints"] == []
     plans = [plan for _, plan in made.values()]
-    results = run_child(
+    results = run_457(
         [
             {**request, "architecture": plan.structure.architecture}
             for request, plan in zip(requests, plans, strict=True)
         ],
         root,
-        [str(interpreter), str(Path(__file__).with_name("child_457.py"))],
     )
     return dict(zip(CASES, zip(plans, results, strict=True), strict=True))
 
@@ -103,7 +110,7 @@ def test_transformers_457_makes_of_it_the_model_that_we_meant(name: str, loads: 
     plan, seen = loads[name]
     case = CASES[name]
     assert seen["raised"] is None
-    assert seen["transformers"] == TRANSFORMERS
+    assert f"transformers {TRANSFORMERS} " in seen["loader"]
     assert seen["complaints"] == []
     if plan.container.name != "compressed-tensors":
         assert_classes(plan, seen["classes"], CLASSES[case.method])
@@ -114,9 +121,9 @@ def test_transformers_457_makes_of_it_the_model_that_we_meant(name: str, loads: 
     assert seen["error"] < (ACTIVATIONS if case.method == "int8" else TOLERANCE[case.dtype])
 
 
-def test_these_models_have_a_layer_for_each_expert(interpreter: Path) -> None:  # noqa: F811
+def test_these_models_have_a_layer_for_each_expert() -> None:
     done = subprocess.run(
-        [str(interpreter), "-c", BUILDS],
+        [str(transformers_457()), "-c", BUILDS],
         input=json.dumps(sorted(IN_TRANSFORMERS_4)),
         capture_output=True, text=True, check=False,
     )  # fmt: skip

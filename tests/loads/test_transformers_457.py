@@ -1,27 +1,29 @@
 """transformers 4.57, the newest release that reads HQQ checkpoints, in an environment of its own.
 
-It is made with pip beside the running one, whose torch, hqq and bitsandbytes it shares; set
-QCONVERT_VENV_457 to the folder of an environment that is there already.
+It is made as `qconvert validate --loader` makes it, and kept where that keeps it.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qconvert.types import Plan
-from tests.loads.runs import Case, assert_classes, make_all, run_child, tokens
+from tests.loads.runs import (
+    TRANSFORMERS,
+    Case,
+    assert_classes,
+    make_all,
+    run_457,
+    run_child,
+    tokens,
+)
 from tests.loads.test_stock_loaders import AQLM, CASES, CLASSES, HQQ, TOLERANCE
 from tests.models import MODELS
 
 pytestmark = pytest.mark.slow
 
-TRANSFORMERS = "4.57.6"
 ACTIVATIONS = 0.03
 """Relative error of outputs where LLM.int8 quantizes the activations too."""
 
@@ -38,27 +40,7 @@ Loads = dict[str, tuple[Plan, str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment with transformers 4.57."""
-    ready = os.environ.get("QCONVERT_VENV_457")
-    if ready:
-        return Path(ready) / "bin" / "python"
-    folder = tmp_path_factory.mktemp("transformers457")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    own = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
-    import torch
-
-    shared = Path(torch.__file__).parent.parent
-    (Path(own.stdout.strip()) / "shared.pth").write_text(f"{shared}\n")
-    pip = [python, "-m", "pip", "install", "--quiet", f"transformers=={TRANSFORMERS}"]
-    subprocess.run([*pip, "hqq", "bitsandbytes", "accelerate"], check=True)
-    return python
-
-
-@pytest.fixture(scope="module")
-def loads(interpreter: Path, tmp_path_factory: pytest.TempPathFactory) -> Loads:
+def loads(tmp_path_factory: pytest.TempPathFactory) -> Loads:
     """Of every run: the plan, the dtype that it computed in, and what the child saw."""
     root = tmp_path_factory.mktemp("loads457")
     made = make_all(ALL, root)
@@ -73,8 +55,7 @@ def loads(interpreter: Path, tmp_path_factory: pytest.TempPathFactory) -> Loads:
         assert seen == {"raised": None, "complaints": [], "network": seen["network"]}
     requests = [{**common, "architecture": plan.structure.architecture}
                 for plan, _, common in runs]  # fmt: skip
-    child = [str(interpreter), str(Path(__file__).with_name("child_457.py"))]
-    results = run_child(requests, root, child)
+    results = run_457(requests, root)
     return {
         run: (plan, dtype, seen)
         for run, (plan, dtype, _), seen in zip(RUNS, runs, results, strict=True)
@@ -86,7 +67,7 @@ def test_transformers_457_makes_of_it_the_model_that_we_meant(run: str, loads: L
     plan, dtype, seen = loads[run]
     method = ALL[RUNS[run][0]].method
     assert seen["raised"] is None
-    assert seen["transformers"] == TRANSFORMERS
+    assert f"transformers {TRANSFORMERS} " in seen["loader"]
     assert seen["complaints"] == []
     assert_classes(plan, seen["classes"], CLASSES[method])
     assert seen["finite"]
