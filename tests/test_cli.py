@@ -23,7 +23,7 @@ from tests.models import tiny
 QCONVERT = [sys.executable, "-m", "qconvert"]
 METHODS = [method.verb for method in registry.METHODS]
 LOOKING = ["plan", "inspect", "validate", "formats", "doctor"]
-VERBS = [*METHODS, "bnb", *LOOKING]
+VERBS = [*METHODS, "bnb", "dequantize", "transcode", *LOOKING]
 HEAVY = (
     "torch", "transformers", "numba", "numpy", "huggingface_hub", "bitsandbytes", "hqq",
     "accelerate",
