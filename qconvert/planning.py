@@ -379,6 +379,7 @@ def _fingerprint(plan: Plan) -> str:
             for file in checkpoint.files.values()
         ],
         "revision": checkpoint.revision,
+        **({"decoded_from": checkpoint.decoded_from} if checkpoint.encoded else {}),
         "method": plan.method.options(),
         "calibration": plan.calibration,
         "codes": sorted(plan.codes),

@@ -45,8 +45,8 @@ def find(checkpoint: Checkpoint, config: JSON) -> Found:
             scale = part(checkpoint, name, _SCALE_DTYPES, of=info.name)
             encoded[info.name] = _tensor(info, scale, block, dtype)
     dropped = (name for name in checkpoint.tensors if name.endswith(_OF_ACTIVATIONS))
-    size = "×".join(map(str, block)) if block else "tensors"
-    return Found(encoded, f"FP8 in blocks of {size}", frozenset(dropped))
+    sizes = f"FP8 in blocks of {block[0]}×{block[1]}" if block else "FP8, a scale for each tensor"
+    return Found(encoded, sizes, frozenset(dropped))
 
 
 def _scale_names(name: str) -> Iterator[str]:
