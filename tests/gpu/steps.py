@@ -158,7 +158,8 @@ def assert_like_the_cpu(folder: Path, device: str) -> None:
     model = loaded.model
     assert {p.device.type for p in model.parameters()} == {device}
     classes = {path: judge.class_of(it) for path, it in model.named_modules()}
-    assert judge.classes(stored, classes, stored.structure()).passed
+    check = judge.classes(stored, classes, stored.structure())
+    assert check.passed, check.detail
     theirs = measure.outputs(model, ids)
     assert theirs.isfinite().all()
     if any(method.name == "llm_int8" for _, method in stored.layers.values()):
