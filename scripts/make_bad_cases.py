@@ -131,6 +131,8 @@ class Case:
 
     @property
     def format(self) -> str:
+        if "compressed-tensors" in self.verb:
+            return "compressed-tensors"
         return self.verb[0] if self.verb[0] in ("hqq", "aqlm", "eetq") else "bitsandbytes"
 
     def write(self, formats: Path) -> None:
@@ -160,6 +162,9 @@ HQQ = ("hqq", "--bits", "4", "--group-size", "16")
 NF4 = ("nf4",)
 AQLM = ("aqlm", "--bits", "2")
 EETQ = ("eetq",)
+PACKED = ("--container", "compressed-tensors")
+PACKED_HQQ = ("hqq", "--bits", "4", *PACKED)
+PACKED_INT8 = ("int8", *PACKED)
 
 
 def weights_cases() -> Iterator[Case]:
@@ -639,9 +644,58 @@ def eetq_cases() -> Iterator[Case]:
         )  # fmt: skip
 
 
+def packed_cases() -> Iterator[Case]:
+    """Files, weights, shapes and options, as the container of integers meets them."""
+    one, data = "model.safetensors", safetensors(base_weights())
+    yield Case(
+        "01-cut-in-the-data-packed", 1, "three bytes are missing", "CorruptFile", 3,
+        [one, f"{len(data) - 3:,}"], {one: data[:-3]}, PACKED_HQQ,
+    )  # fmt: skip
+    yield Case(
+        "03-offsets-backwards-packed", 3, "a tensor that ends before it begins", "CorruptFile", 3,
+        [one, K], {one: with_entry(K, data_offsets=offsets_of(K)[::-1])}, PACKED_INT8,
+    )  # fmt: skip
+    for label, value in {"nan": np.nan, "inf": -np.inf}.items():
+        for name, verb in {"hqq": PACKED_HQQ, "int8": PACKED_INT8}.items():
+            yield Case(
+                f"14-{label}-packed-{name}", 14, f"one {label} in a weight", "NonFinite", 3, [Q],
+                square(Q, (3, 5), value), verb, "pour", hint=True,
+            )  # fmt: skip
+    yield Case(
+        "16-int8-weight-packed", 16, "a linear layer of int8 numbers", "UsageError", 2, [Q, "I8"],
+        {one: retyped(Q, "I8")}, PACKED_INT8, "plan",
+    )  # fmt: skip
+    yield Case(
+        "17-layers-packed", 17, "fewer layers than none", "UnsupportedConfig", 3,
+        ["config.json", "num_hidden_layers"],
+        {"config.json": dump(CONFIG | {"num_hidden_layers": -1})}, PACKED_HQQ,
+    )  # fmt: skip
+    yield Case(
+        "18-no-group-of-128", 18, "rows are shorter than a group", "UsageError", 2,
+        ["not a multiple of the group size 128"], {}, (*PACKED_HQQ, "--group-size", "128"), "plan",
+        hint=True,
+    )  # fmt: skip
+    for name, mention, verb in (
+        ("group-of-16", "32, 64, 128, -1, got 16", (*PACKED_HQQ, "--group-size", "16")),
+        ("three-bits", "8, 4, got 3", ("hqq", "--bits", "3", *PACKED)),
+        ("axis-0", "axis 1, got axis 0", (*PACKED_HQQ, "--axis", "0")),
+        ("real-zeros", "integer, middle, got real", (*PACKED_HQQ, "--zero", "real")),
+        ("two-schemes", "one scheme for the whole model",
+         (*PACKED_HQQ, "--override", "q_proj=bits:8")),
+    ):  # fmt: skip
+        yield Case(f"18-{name}-packed", 18, "an option that the container has not", "UsageError", 2,
+                   [mention], {}, verb, "plan")  # fmt: skip
+    yield Case(
+        "20-conv1d-packed", 20, "GPT-2, whose layers no loader of the format replaces",
+        "UsageError", 2, ["Conv1D"], gpt2(), PACKED_INT8, "plan",
+    )  # fmt: skip
+
+
 def main(formats: Path) -> None:
     written = set()
-    for cases in (weights_cases, index_cases, value_cases, config_cases, aqlm_cases, eetq_cases):
+    for cases in (
+        weights_cases, index_cases, value_cases, config_cases, aqlm_cases, eetq_cases, packed_cases,
+    ):  # fmt: skip
         for case in cases():
             folder = formats / case.format / "bad" / case.name
             assert case.name not in written, case.name
