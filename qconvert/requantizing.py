@@ -16,6 +16,7 @@ from qconvert import arrays, manifest, registry
 from qconvert.decoding.scaled import Scaled
 from qconvert.errors import QConvertError
 from qconvert.lazy import np
+from qconvert.methods.hqq import BITS
 from qconvert.planning import announced_dtype, make_plan
 from qconvert.request import Request
 from qconvert.source import Reader, SourceReader
@@ -56,12 +57,13 @@ def request(asked: Request, checkpoint: Checkpoint) -> Request:
 
 
 def _bits(checkpoint: Checkpoint) -> int:
-    """Of most codes of the source."""
+    """Of most codes of the source, or the next number that a method has."""
     sizes = [
         round(8 * how.parts[0].nbytes / checkpoint.tensors[name].numel)
         for name, how in checkpoint.encoded.items()
     ]
-    return max(sizes, key=sizes.count)
+    most = max(sizes, key=sizes.count)
+    return min((bits for bits in BITS if bits >= most), default=max(BITS))
 
 
 def _group_size(checkpoint: Checkpoint) -> int:

@@ -53,10 +53,10 @@ def resolved(asked: Request) -> Request:
             raise UsageError(f"{flag} makes other codes", hint="--requantize")
         return exact
     checkpoint = _opened(exact)
-    source_format, _ = _ends(checkpoint, exact)
+    _ends(checkpoint, exact)
     if chosen.keys() == {"to"}:
         try:
-            _lossless(checkpoint, exact, source_format)
+            _lossless(checkpoint, exact)
         except _Obstacle:
             pass
         else:
@@ -73,7 +73,7 @@ def plan(request: Request) -> Plan:
     checkpoint = _opened(request)
     source_format, to = _ends(checkpoint, request)
     try:
-        return _lossless(checkpoint, request, source_format)
+        return _lossless(checkpoint, request)
     except _Obstacle as obstacle:
         found = requantizing.cost(request, checkpoint)
         raise UsageError(
@@ -105,7 +105,7 @@ def _ends(checkpoint: Checkpoint, request: Request) -> tuple[str, str]:
     return found, to
 
 
-def _lossless(checkpoint: Checkpoint, request: Request, source_format: str) -> Plan:
+def _lossless(checkpoint: Checkpoint, request: Request) -> Plan:
     """The plan; raises _Obstacle."""
     to = request.options["to"]
     lattices = _lattices(checkpoint)
@@ -118,14 +118,17 @@ def _lossless(checkpoint: Checkpoint, request: Request, source_format: str) -> P
             raise _Obstacle(f"a zero of {name} is {odd:g}, and {to} has integers for zeros")
     usual = Counter(methods.values()).most_common(1)[0][0]
     threads = worker_count(request.threads)
-    planned = make_plan(
-        checkpoint,
-        usual,
-        container,
-        layers={name.removesuffix(".weight"): method for name, method in methods.items()},
-        max_shard_bytes=request.max_shard_bytes,
-        threads=threads,
-    )
+    try:
+        planned = make_plan(
+            checkpoint,
+            usual,
+            container,
+            layers={name.removesuffix(".weight"): method for name, method in methods.items()},
+            max_shard_bytes=request.max_shard_bytes,
+            threads=threads,
+        )
+    except UsageError as error:
+        raise _Obstacle(str(error)) from None
     _refuse_changes(planned, announced_dtype(checkpoint))
     codes = {name: Moved(name, lattices[name], method) for name, method in methods.items()}
     return with_calibration(replace(planned, codes=codes), planned.calibration, threads=threads)
