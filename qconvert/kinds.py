@@ -33,7 +33,8 @@ from qconvert.types import Kind, Role
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 _HARMLESS = ("dtype", "device", "shape", "ndim", "size", "is_meta")
-_DEAD_BRANCHES = ("slow_but_exact",)  # Bloom's replay of Megatron, for pretraining_tp > 1
+_DEAD_BRANCHES = ("slow_but_exact", "torch.uint8")
+"""In the tests of `if`: Bloom's replay of Megatron, for pretraining_tp > 1; "is it not quantized?"."""
 
 
 def roles_of(model: Any) -> dict[str, Role]:
@@ -117,6 +118,20 @@ def _collect_reads(node: ast.AST, found: set[str]) -> None:
                 _collect_reads(statement, found)
             return
         case ast.Call(func=ast.Name(id="isinstance")):
+            return
+        case ast.Call(  # Switch's wo: activations become bytes where its weight is packed
+            func=ast.Attribute(attr="to"),
+            args=[
+                ast.Attribute(
+                    value=ast.Attribute(
+                        value=ast.Attribute(value=ast.Name(id="self"), attr=child_name),
+                        attr="weight",
+                    ),
+                    attr="dtype",
+                )
+            ],
+        ):
+            found.add(child_name)
             return
         case ast.Attribute(value=ast.Attribute(attr="weight"), attr=attr) if attr in _HARMLESS:
             return

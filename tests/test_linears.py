@@ -140,6 +140,22 @@ def test_attention_of_torch_reads_its_projection_instead_of_calling_it() -> None
     assert len(quantizable(structure)) > 5
 
 
+def test_activations_must_not_take_the_dtype_of_packed_weights() -> None:
+    config = {
+        "model_type": "switch_transformers",
+        "architectures": ["SwitchTransformersForConditionalGeneration"],
+        "vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 64, "num_heads": 2, "num_experts": 2,
+        "num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    }  # fmt: skip
+    structure = linears.structure(config, make_architectures.saved_shapes(config))
+    outputs = {path for path in structure.modules if path.endswith(".wo")}
+    assert len(outputs) == 6
+    assert quantizable(structure) == structure.modules.keys() - outputs - {"lm_head"} - {
+        path for path in structure.modules if path.endswith(".router.classifier")
+    }
+
+
 # ── names ────────────────────────────────────────────────────────────────────────────────────
 
 
