@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from qconvert.validation import elsewhere
+from qconvert.cli.show import Screen
+from qconvert.errors import UsageError
+from qconvert.types import Check, Report, Verdict
+from qconvert.validation import elsewhere, validate_folder, verdict
 from qconvert.validation.environments import Environment, parse
 from tests.validation import faults
 from tests.validation.test_reload import failed, reload
@@ -77,3 +80,46 @@ def test_a_child_that_dies(tmp_path: Path) -> None:
     assert next(answers) == 1
     with pytest.raises(elsewhere.Raised, match="SIGABRT"):
         next(answers)
+
+
+# ── several loaders, one verdict ─────────────────────────────────────────────────────────────
+
+
+def reports(*reloads: Report) -> list[Report]:
+    return [Report("contract", [Check("x", True)]), Report("numeric", [Check("x", True)]), *reloads]
+
+
+def by(loader: str, *, passed: bool = True, skipped: str = "") -> Report:
+    return Report("reload", [Check("y", passed)], {"requirement": loader}, skipped)
+
+
+def test_every_loader_counts() -> None:
+    first, second = by("transformers==4.57.6"), by("hqq==0.2.8")
+    assert verdict(reports(first, second)) is Verdict.VERIFIED
+    assert verdict(reports(first, by("hqq==0.2.8", passed=False))) is Verdict.FAILED
+    assert verdict(reports(by("hqq==0.2.8", skipped="no GPU"), first)) is Verdict.CHECKED
+
+
+def test_the_screen_names_the_loader(capsys: pytest.CaptureFixture[str]) -> None:
+    found = reports(by("transformers==4.57.6"), by("hqq==0.2.8"))
+    Screen(json=False, quiet=False).reports(found, Verdict.VERIFIED)
+    out = capsys.readouterr().out
+    assert "reload by transformers==4.57.6: 1 of 1 checks passed" in out
+    assert "verified by transformers==4.57.6 and hqq==0.2.8" in out
+
+
+def test_a_loader_that_is_none_is_a_mistake(results: Folders) -> None:
+    with pytest.raises(UsageError, match="no pinned package") as error:
+        validate_folder(results("nf4"), loaders=["transformers>=5"])
+    assert error.value.hint == "--loader transformers==4.57.6"
+    with pytest.raises(UsageError, match="hqq does not read bitsandbytes"):
+        validate_folder(results("nf4"), loaders=["hqq==0.2.8"])
+
+
+def test_a_format_that_cannot_be_reloaded_needs_no_environment(
+    results: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QCONVERT_ENVIRONMENTS", str(tmp_path / "environments"))
+    found = validate_folder(results("eetq"), levels=["reload"], loaders=["transformers==4.57.6"])
+    assert "compute capability" in found.reports[0].skipped
+    assert not (tmp_path / "environments").exists()
