@@ -65,7 +65,7 @@ def roles_of(model: Any) -> dict[str, Role]:
             kind, why = Kind.KEPT, "one layer at several places of the model"
         elif not should_convert_module(path, kept):
             kind, why = Kind.KEPT, "the model keeps it in float32"
-        elif leaf in _weights_read(type(parent)) or any(path.endswith(tail) for tail in reached):
+        elif leaf in _weights_read(parent.__class__) or any(path.endswith(tail) for tail in reached):
             kind, why = Kind.KEPT, "the model reads its weight instead of calling it"
         elif isinstance(module, Conv1D):
             kind = Kind.CONV1D
