@@ -177,10 +177,13 @@ def convert_together(
         for work in works.values():
             stack.enter_context(work.staged.open(restart=work.request.restart))
         failures = stages.pour(list(works.values()), found, threads, progress) if works else []
+        for work in works.values():
+            work.clock.lap("pour")
         for (index, work), failure in zip(works.items(), failures, strict=True):
             if failure is not None:
                 end(index, stages.give_up(work, failure))
                 continue
+            work.clock.skip()  # the others' proofs
             try:
                 result = stages.finish(work, progress)
                 end(index, stages.pushed(work, result, progress))

@@ -51,8 +51,12 @@ class Clock:
 
     def lap(self, stage: str) -> None:
         now = time.monotonic()
-        self.laps[stage] = round(now - self._last, 3)
+        self.laps[stage] = round(self.laps.get(stage, 0.0) + now - self._last, 3)
         self._last = now
+
+    def skip(self) -> None:
+        """Counts the time since the last lap to no stage."""
+        self._last = time.monotonic()
 
 
 @dataclass(slots=True)

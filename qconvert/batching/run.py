@@ -92,6 +92,22 @@ class Watch(Protocol):
         ...
 
 
+class Silent:
+    """A `Watch` that tells nobody; what derives from it says what it wants to hear."""
+
+    def started(self, state: State, task: Task) -> None:
+        pass
+
+    def ended(self, state: State, job: int, outcome: Outcome) -> None:
+        pass
+
+    def retried(self, state: State, job: int, why: Failed) -> None:
+        pass
+
+    def moved(self, state: State) -> None:
+        pass
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a batch may take. None is no limit."""
