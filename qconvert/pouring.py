@@ -91,7 +91,8 @@ class Pouring:
         self.lock = threading.Lock()
         self.outputs = Outputs(self.plan, self.staging, self.reader, order.sink, floor.abort)
         self.done = 0
-        self.total = sum(entry.tensor.nbytes for entry in self.plan.entries)
+        entries = (self.plan.entries[i] for shard in self.plan.shards for i in shard.entries)
+        self.total = sum(entry.tensor.nbytes for entry in entries)
         self.failed: list[Job] = []
         self.resumed_bytes = 0
 

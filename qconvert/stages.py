@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -115,6 +115,13 @@ def fetched(planned: Plan, progress: Progress | None) -> Plan:
     return replace(planned, checkpoint=source.localize(planned.checkpoint, progress))
 
 
+def is_there(work: Work) -> bool:
+    """Whether the result is complete where it goes, of this folder or of the Hub."""
+    if work.request.hub_to_hub:
+        return _published(work) is not None
+    return work.staged.finished(validated=work.request.validate) is not None
+
+
 def earlier(work: Work, progress: Progress | None) -> Result | None:
     """The result, if an earlier run has come to it and was cut before it could say so."""
     if work.request.hub_to_hub and (published := _published(work)):
@@ -149,13 +156,20 @@ def check_space(works: Sequence[Work]) -> None:
             )
 
 
-def sink_of(work: Work, progress: Progress | None) -> BranchSink | None:
-    """Where shards go that are not to stay here; None where they are."""
+def sink_of(
+    work: Work, progress: Progress | None, *, shared: bool = False
+) -> BranchSink | None:
+    """Where shards go that are not to stay here; None where they are.
+
+    `shared` if others send theirs there at the same time.
+    """
     if not work.request.hub_to_hub or work.target is None:
         return None
     from qconvert.hub.branch import BranchSink
 
-    return BranchSink(work.target, work.planned, most_on_disk=SHARDS_ON_DISK, progress=progress)
+    return BranchSink(
+        work.target, work.planned, most_on_disk=SHARDS_ON_DISK, shared=shared, progress=progress
+    )
 
 
 def _published(work: Work) -> Result | None:
@@ -187,12 +201,16 @@ def pour(
     """Fills all shards of all works, whose staging folders are open; sets what came of it.
 
     The works share their checkpoint. Their tensors are compared with the source as they are made
-    where the source is a stream, or read for several at once. Returns what cannot be quantized,
+    where the source is a stream, or read for several at once, or where that was done with those
+    that are there already. Returns what cannot be quantized,
     in the place of each work. Raises as `pour.pour` does.
     """
     streamed = works[0].request.stream
     with ExitStack() as stack:
-        proofs = [_proof(work) if streamed or len(works) > 1 else None for work in works]
+        proofs = [
+            _proof(work) if streamed or len(works) > 1 or _was_proved(work) else None
+            for work in works
+        ]
         orders = [
             Order(
                 work.planned,
@@ -217,6 +235,31 @@ def pour(
             work.poured = outcome
             work.numeric = _report(proof, outcome, sha256) if proof else None
     return failures
+
+
+def pour_some(
+    work: Work, names: Collection[str], found: Sequence[str], threads: int, progress: Progress | None
+) -> None:
+    """Fills the shards `names` alone, comparing every tensor with the source if all will be.
+
+    Raises as `pour.pour` does.
+    """
+    proof = _proof(work)
+    shards = tuple(shard for shard in work.planned.shards if shard.name in names)
+    order = Order(
+        replace(work.planned, shards=shards), work.staged,
+        prove=proof.tensor if proof else None, sink=work.sink,
+    )  # fmt: skip
+    run = partial(
+        pour_together, [order], threads=threads, quantize=_quantizer(found), progress=progress
+    )
+    (outcome,) = _from_stream([work], run)[0] if work.request.stream else run()
+    if isinstance(outcome, NonFinite):
+        raise outcome
+
+
+def _was_proved(work: Work) -> bool:
+    return any("proof" in record for record in work.staged.records)
 
 
 def _proof(work: Work) -> StreamProof | None:

@@ -5,11 +5,16 @@
         journal.jsonl   first line: the plan's fingerprint; then one line for each finished piece
         tree/           what will become <name>/
         work/           what calibration has finished and where it stands
+        parts/<name>/   the same again: shards of this conversion that others are pouring
 
 After kill -9 the destination is absent or complete. The journal says which tensors were finished
 and with which checksum; since it is not synced line by line, a line is a hint and never a proof:
 whatever it claims is read back and compared before it is believed. The only thing relied on is
 the order file fsync → rename → folder fsync of whatever gets its final name.
+
+Several processes, on several machines, may each pour some of the shards in a part of its own, with
+its own lock and journal. Whoever opens the staging folder itself takes over what they have made, as
+if it had been made there.
 
 flock lies on some network file systems. Then two processes could pour into one staging folder,
 but both write the same bytes at the same offsets, and the final rename refuses to replace.
@@ -129,11 +134,12 @@ def check_destination(destination: Path, source: Path, *, overwrite: bool) -> No
 class Staging:
     """The staging folder of one conversion; a context manager that holds its lock."""
 
-    def __init__(self, destination: Path, fingerprint: str) -> None:
+    def __init__(self, destination: Path, fingerprint: str, root: Path | None = None) -> None:
         self.destination = destination
-        self.root = destination.parent / f".{destination.name}{_STAGING_SUFFIX}"
+        self.root = root or destination.parent / f".{destination.name}{_STAGING_SUFFIX}"
         self.tree = self.root / "tree"
         self.work = self.root / "work"
+        self.parts = self.root / "parts"
         self.fingerprint = fingerprint
         self._lock = -1
         self._journal = -1
@@ -147,7 +153,7 @@ class Staging:
         return sum(path.stat().st_blocks * 512 for path in files)
 
     def open(self, *, restart: bool = False) -> Staging:
-        """Takes the lock and finds out what an earlier run left.
+        """Takes the lock and finds out what an earlier run left, its parts included.
 
         Raises Locked, and StaleStaging when the leftovers belong to another plan.
         """
@@ -156,14 +162,40 @@ class Staging:
             self._take_lock()
             try:
                 if restart:
+                    shutil.rmtree(self.parts, ignore_errors=True)
                     self._clear()
                 self.records = self._read_journal()
                 for folder in (self.tree, self.work):
                     folder.mkdir(exist_ok=True)
+                for root in sorted(self.parts.glob("*")):
+                    self._take_over(root)
             except BaseException:
                 self._release()
                 raise
         return self
+
+    def part(self, name: str) -> Staging:
+        """Where others pour some of the shards; raises StaleStaging as `open` would."""
+        self._check(_journal_lines(self.root / _JOURNAL)[0])
+        with output_errors(self.root):
+            self.parts.mkdir(parents=True, exist_ok=True)
+        return Staging(self.destination, self.fingerprint, self.parts / name)
+
+    def _take_over(self, root: Path) -> None:
+        """Moves what is in a part here: lines first, so that nothing is here without them.
+
+        A shard that is here already, sealed or not, has the same bytes or is found out by them.
+        """
+        with Staging(self.destination, self.fingerprint, root).open() as part:
+            for record in part.records:
+                self.record(**record)
+            for path in sorted(part.tree.iterdir()):
+                unfinished = self.tree / f"{path.name}.part"
+                sealed = self.tree / path.name.removesuffix(".part")
+                if not sealed.exists():
+                    os.rename(path, self.tree / path.name)
+                    unfinished.unlink(missing_ok=True)
+            part.discard()
 
     def __enter__(self) -> Staging:
         return self
@@ -248,20 +280,23 @@ class Staging:
     def _read_journal(self) -> list[JSON]:
         path = self.root / _JOURNAL
         records, length = _journal_lines(path)
+        self._check(records)
         if not records:
             self._clear()
-        elif records[0].get("fingerprint") != self.fingerprint:
-            raise errors.StaleStaging(
-                f"an unfinished conversion in {self.root} is of another source, "
-                "with other options or by another version",
-                hint="add --restart to begin anew, or choose another folder with --output DIR",
-            )
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._journal = os.open(path, flags, 0o666)
         os.ftruncate(self._journal, length)
         if not records:
             self.record(fingerprint=self.fingerprint)
         return records[1:]
+
+    def _check(self, records: list[JSON]) -> None:
+        if records and records[0].get("fingerprint") != self.fingerprint:
+            raise errors.StaleStaging(
+                f"an unfinished conversion in {self.root} is of another source, "
+                "with other options or by another version",
+                hint="add --restart to begin anew, or choose another folder with --output DIR",
+            )
 
 
 def _journal_lines(path: Path) -> tuple[list[JSON], int]:

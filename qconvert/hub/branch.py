@@ -10,18 +10,29 @@ The branch is also the journal of the run, and it outlives the machine: a rerun,
 reads the notes and goes on after the last shard that is really there. The fingerprint in its name
 says that source, options and versions are the same. A note is believed only if the Hub lists the
 shard with that size and that hash. Every commit names its parent, so a second run at the same time
-is noticed at its first shard.
+is noticed at its first shard; where several pour their shares of one conversion, as they are meant
+to, each builds on what the others have committed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import random
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from qconvert import manifest
-from qconvert.errors import ContractViolation, Forbidden, HubError, NotFound, PushIncomplete
+from qconvert.errors import (
+    ContractViolation,
+    Forbidden,
+    HubError,
+    NotFound,
+    PushIncomplete,
+    RevisionMoved,
+)
 from qconvert.hub import client, repo, target
 from qconvert.hub.commit import Commit, Outcome, commit
 from qconvert.hub.content import (
@@ -46,16 +57,29 @@ from qconvert.types import JSON, Plan, Progress, RemoteFile, Repository, Shard
 
 _NOTES = ".qconvert"
 _MOST_OF_NOTE = 64 << 20
+_TURNS = 50
+"""Commits of others that may come first."""
+_TURN_SECONDS = 2.0
 
 
 class BranchSink:
     """A `pour.Sink` on the Hub. The repository and the branch are made when this is."""
 
     def __init__(
-        self, to: Target, plan: Plan, *, most_on_disk: int = 3, progress: Progress | None = None
+        self,
+        to: Target,
+        plan: Plan,
+        *,
+        most_on_disk: int = 3,
+        shared: bool = False,
+        progress: Progress | None = None,
     ) -> None:
-        """Finds out which shards are there already; raises HubErrors."""
+        """Finds out which shards are there already; raises HubErrors.
+
+        `shared` if other processes commit other shards at the same time.
+        """
         self.most_on_disk = most_on_disk
+        self._shared = shared
         self.to = target.create(to)
         if to.create_pr:
             _check_branches_allowed(to.repo_id)
@@ -97,18 +121,30 @@ class BranchSink:
             self.repo_id, operations, {shard.name: file}, meter,
             revision=self.branch, create_pr=False,
         )  # fmt: skip
-        made = commit(
-            self.repo_id,
-            operations,
-            Outcome({shard.name: content, _note_name(shard.name): Content.of(note)}),
-            message=f"{shard.name}, on its way to the main branch",
-            parent=self.head,
-            revision=self.branch,
-        )
-        self.head = made.oid
+        wanted = {shard.name: content, _note_name(shard.name): Content.of(note)}
+        self._commit(operations, wanted, f"{shard.name}, on its way to the main branch")
         self._contents[shard.name] = content
         self._done[shard.name] = sealed
         self._sent_bytes += sealed.size
+
+    def _commit(self, operations: Sequence[Any], wanted: Mapping[str, Content], what: str) -> None:
+        """One commit on top of what the branch holds; of several at once each is let through."""
+        tries = _TURNS if self._shared else 1
+        while True:
+            try:
+                made = commit(
+                    self.repo_id, operations, Outcome(wanted), message=what, parent=self.head,
+                    revision=self.branch,
+                )  # fmt: skip
+            except RevisionMoved:
+                tries -= 1
+                if not tries:
+                    raise
+                time.sleep(random.uniform(0, _TURN_SECONDS))
+                self.head = _branch_head(self.repo_id, self.branch)
+            else:
+                self.head = made.oid
+                return
 
     def finish(self, files: Mapping[str, Path], expected: Mapping[str, str]) -> Pushed:
         """One commit that makes the target hold every shard and `files`; the branch is deleted.
