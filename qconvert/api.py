@@ -173,6 +173,7 @@ def batch(
     at_once: int | None = None,
     disk: int | str | None = None,
     retries: int | None = None,
+    ray: str | None = None,
     watch: Watch | None = None,
 ) -> BatchResult:
     """Runs many conversions, each in a process that several of one source share.
@@ -180,13 +181,17 @@ def batch(
     `jobs` is a batch file or what `batching.spec.read` made of it, or requests. What is done at
     its destination is skipped, what was cut goes on; a job that fails stops no other, and its error
     is its outcome. `at_once`, `disk` (bytes, or "200GB") and `retries` win over the file's
-    settings; `watch` hears of everything that begins, moves and ends.
+    settings; `watch` hears of everything that begins, moves and ends. `ray` is the address of a Ray
+    cluster ("auto": that of RAY_ADDRESS or of this machine; "local": one is started here), whose
+    workers do it, and see the same storage or push to the Hub; see `batching.on_ray`.
 
-    Raises InvalidJobs for a file with mistakes, Interrupted, and nothing else. Peak memory: that of
+    Raises InvalidJobs for a file with mistakes, Interrupted, DependencyMissing, ResourceError and
+    UsageError for a cluster that cannot be used, and nothing else. Peak memory: that of
     the largest job for each of those at once.
     """
     limit = parse_bytes(disk) if isinstance(disk, str) else disk
-    return prepare(jobs, at_once=at_once, disk=limit, retries=retries).run(watch or Silent())
+    made = prepare(jobs, at_once=at_once, disk=limit, retries=retries, ray=ray)
+    return made.run(watch or Silent())
 
 
 def validate(

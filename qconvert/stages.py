@@ -156,9 +156,7 @@ def check_space(works: Sequence[Work]) -> None:
             )
 
 
-def sink_of(
-    work: Work, progress: Progress | None, *, shared: bool = False
-) -> BranchSink | None:
+def sink_of(work: Work, progress: Progress | None, *, shared: bool = False) -> BranchSink | None:
     """Where shards go that are not to stay here; None where they are.
 
     `shared` if others send theirs there at the same time.
@@ -238,7 +236,11 @@ def pour(
 
 
 def pour_some(
-    work: Work, names: Collection[str], found: Sequence[str], threads: int, progress: Progress | None
+    work: Work,
+    names: Collection[str],
+    found: Sequence[str],
+    threads: int,
+    progress: Progress | None,
 ) -> None:
     """Fills the shards `names` alone, comparing every tensor with the source if all will be.
 

@@ -17,8 +17,8 @@ from qconvert.batching.run import Executor, Limits, State, Watch
 from qconvert.batching.schedule import Entry, OnPlanned, Source, Task
 from qconvert.batching.spec import BatchFile, Settings
 from qconvert.batching.wire import Failed, Outcome
-from qconvert.memory import available_memory
-from qconvert.request import Request, worker_count
+from qconvert.errors import DependencyMissing, UsageError
+from qconvert.request import Request
 
 _RETRIES = 1
 
@@ -55,19 +55,22 @@ class Batch:
     file: BatchFile
     entries: tuple[Entry, ...]
     limits: Limits
-    at_once: int
+    executor: Executor
+
+    @property
+    def at_once(self) -> int:
+        return self.executor.at_once
 
     def tasks(self) -> list[Task]:
         """In the order in which they will be started."""
-        return schedule.tasks(self.entries, disk=self.limits.disk)
+        return schedule.tasks(self.entries, disk=self.limits.disk, spread=self.executor.spread)
 
-    def run(self, watch: Watch, executor: Executor | None = None) -> BatchResult:
+    def run(self, watch: Watch) -> BatchResult:
         """Runs what is open. Raises Interrupted; everything finished by then stays."""
         began = time.monotonic()
         evict = _evict if self.limits.disk is not None else None
         claim = _claim if self.limits.disk is not None else None
-        chosen = executor or LocalProcesses(self.at_once)
-        state = run.run(self.entries, chosen, self.limits, watch, evict=evict, claim=claim)
+        state = run.run(self.entries, self.executor, self.limits, watch, evict=evict, claim=claim)
         return self.result(state, time.monotonic() - began)
 
     def result(self, state: State, seconds: float) -> BatchResult:
@@ -84,24 +87,43 @@ def prepare(
     at_once: int | None = None,
     disk: int | None = None,
     retries: int | None = None,
+    ray: str | None = None,
     on_planned: OnPlanned | None = None,
 ) -> Batch:
     """Reads and plans a batch; starts nothing. What is said here wins over the file's settings.
 
-    Jobs at once: as many as there are GPUs, else one, which takes all processors. Raises
-    InvalidJobs for a file with mistakes; what a source refuses stands in its entry.
+    Jobs at once: as many as there are GPUs, else one, which takes all processors; with `ray`, the
+    address of a cluster, one for each GPU or each machine there. Raises InvalidJobs for a file with
+    mistakes, DependencyMissing or ResourceError where there is no Ray or no such cluster; what a
+    source refuses stands in its entry.
     """
     file = _file(jobs)
     told = file.settings
-    at_once = at_once or told.jobs or max(1, len(visible_gpus()))
-    limits = Limits(
-        disk=told.disk if disk is None else disk,
-        memory=available_memory(),
-        retries=next(it for it in (retries, told.retries, _RETRIES) if it is not None),
-    )
-    threads = max(1, worker_count(None) // at_once)
-    entries = schedule.plan_jobs(file.jobs, threads=threads, on_planned=on_planned)
-    return Batch(file, tuple(entries), limits, at_once)
+    at_once = at_once or told.jobs
+    disk = told.disk if disk is None else disk
+    retries = next(it for it in (retries, told.retries, _RETRIES) if it is not None)
+    executor: Executor
+    if ray is None:
+        executor = LocalProcesses(at_once or max(1, len(visible_gpus())))
+    else:
+        executor = _cluster(ray, at_once, disk, retries)
+    entries = schedule.plan_jobs(file.jobs, threads=executor.threads, on_planned=on_planned)
+    return Batch(file, tuple(entries), Limits(disk, executor.memory, retries), executor)
+
+
+def _cluster(address: str, at_once: int | None, disk: int | None, retries: int) -> Executor:
+    if disk is not None:
+        raise UsageError(
+            "--disk counts and clears the cache of this machine, and Ray's workers have others",
+            hint="stream: true, which keeps no source",
+        )
+    try:
+        from qconvert.batching.on_ray import RayTasks
+    except ImportError as error:
+        raise DependencyMissing(
+            f"--ray needs the library ray: {error}", hint="pip install 'qconvert[ray]'"
+        ) from error
+    return RayTasks(address, at_once, retries)
 
 
 def _file(jobs: str | Path | BatchFile | Sequence[Request]) -> BatchFile:

@@ -5,7 +5,8 @@
     {"job": 1, "outcome": {"failed": {"kind": "NonFinite", "what": "…"}}}
 
 A process of its own, so that memory, file handles and whatever a library leaves behind are gone
-with it, and so that nothing it can die of stops another. What libraries print goes to stderr.
+with it, and so that nothing it can die of stops another. What libraries print goes to stderr. Of
+a part of a conversion (`parts.py`) only a failure is an outcome.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ Say = Callable[[JSON], None]
 _TELL_SECONDS = 0.2
 
 
-def run(requests: Sequence[Request], say: Say) -> None:
-    """Converts what shares a source, and says what comes of each; see above."""
-    from qconvert import conversion
+def run(requests: Sequence[Request], say: Say, part: tuple[int, int] | None = None) -> None:
+    """Converts what shares a source, or a part of the only request, and says what comes of each."""
+    from qconvert import conversion, parts
 
     tell = _Throttled(say)
 
@@ -46,7 +47,9 @@ def run(requests: Sequence[Request], say: Say) -> None:
         say({"job": index, "outcome": wire.outcome_json(told)})
 
     try:
-        if len(requests) == 1:
+        if part is not None:
+            parts.pour_part(requests[0], *part, progress=tell)
+        elif len(requests) == 1:
             end(0, conversion.convert(requests[0], progress=tell))
         else:
             conversion.convert_together(requests, progress=tell, on_result=end)
@@ -101,7 +104,7 @@ def main() -> None:
 
     requests = [wire.request_from(data) for data in order["requests"]]
     try:
-        run(requests, say)
+        run(requests, say, order["part"])
     except Interrupted as stopped:
         os._exit(stopped.code)  # under its worker threads: what is finished is journalled
 

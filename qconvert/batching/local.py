@@ -5,30 +5,20 @@ With several GPUs each child is given one that nobody else has, unless its job n
 
 from __future__ import annotations
 
-import json
 import os
 import queue
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import IO
 
 from qconvert import devices
-from qconvert.batching import wire
+from qconvert.batching.process import Child
 from qconvert.batching.schedule import Task
+from qconvert.memory import available_memory
 from qconvert.request import Request, worker_count
 from qconvert.types import JSON
 
 Events = queue.SimpleQueue[tuple[Task, JSON]]
-_PATIENCE = 4.0
-"""Seconds that a child has to end in order."""
-_LAST_WORDS = 2000
-"""Characters of what a child that died had printed."""
 
 
 @dataclass(slots=True)
@@ -37,25 +27,25 @@ class LocalProcesses:
 
     at_once: int
     events: Events = field(default_factory=queue.SimpleQueue)
-    _running: dict[Task, subprocess.Popen[bytes]] = field(default_factory=dict)
+    spread: int = 1
+    _running: dict[Task, Child] = field(default_factory=dict)
     _gpus: dict[Task, str] = field(default_factory=dict)
 
+    @property
+    def threads(self) -> int:
+        """`at_once` tasks share the processors."""
+        return max(1, worker_count(None) // self.at_once)
+
+    @property
+    def memory(self) -> int | None:
+        """Of this machine."""
+        return available_memory()
+
     def start(self, task: Task, requests: Sequence[Request]) -> None:
-        """Runs a task; `at_once` of them share the processors."""
-        threads = max(1, worker_count(None) // self.at_once)
-        told = [replace(it, threads=it.threads or threads, skip_done=True) for it in requests]
-        order = {"parent": os.getpid(), "requests": [wire.request_json(it) for it in told]}
-        said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by who listens
-        process = subprocess.Popen(
-            [sys.executable, "-m", "qconvert.batching.child"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
-            env=self._environment(task, requests),
-        )  # fmt: skip
-        self._running[task] = process
-        assert process.stdin is not None
-        with suppress(BrokenPipeError), process.stdin:  # then it has died, which its end will say
-            process.stdin.write(json.dumps(order).encode())
-        threading.Thread(target=self._listen, args=(task, process, said), daemon=True).start()
+        """Runs a task."""
+        told = [replace(it, threads=it.threads or self.threads, skip_done=True) for it in requests]
+        child = self._running[task] = Child(told, environment=self._environment(task, requests))
+        threading.Thread(target=self._listen, args=(task, child), daemon=True).start()
 
     def forget(self, task: Task) -> None:
         """To be called when a task has ended."""
@@ -64,20 +54,16 @@ class LocalProcesses:
 
     def stop(self) -> None:
         """Ends all children: in order if they are quick, and at once if not."""
-        for process in self._running.values():
-            process.terminate()
-        for process in self._running.values():
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_PATIENCE)
-            process.kill()
-            process.wait()
+        for child in self._running.values():
+            child.terminate()
+        for child in self._running.values():
+            child.end()
 
     def _environment(self, task: Task, requests: Sequence[Request]) -> dict[str, str]:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        if gpus := self._free_gpus(requests):
-            self._gpus[task] = gpus[0]
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[0]
-        return environment
+        if not (gpus := self._free_gpus(requests)):
+            return {}
+        self._gpus[task] = gpus[0]
+        return {"CUDA_VISIBLE_DEVICES": gpus[0]}
 
     def _free_gpus(self, requests: Sequence[Request]) -> list[str]:
         """Those of this machine that no child has, as CUDA_VISIBLE_DEVICES names them."""
@@ -85,14 +71,9 @@ class LocalProcesses:
             return []
         return [gpu for gpu in visible_gpus() if gpu not in self._gpus.values()]
 
-    def _listen(self, task: Task, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
-        assert process.stdout is not None
-        with process.stdout, said:
-            for line in process.stdout:
-                with suppress(ValueError):  # torn, by a death in the middle of it
-                    self.events.put((task, json.loads(line)))
-            code = process.wait()
-            self.events.put((task, {"end": _why(code, said)}))
+    def _listen(self, task: Task, child: Child) -> None:
+        for message in child.events():
+            self.events.put((task, message))
 
 
 def visible_gpus() -> list[str]:
@@ -102,17 +83,3 @@ def visible_gpus() -> list[str]:
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",") if named else [name.removeprefix("cuda:") for name in found]
-
-
-def _why(code: int, said: IO[bytes]) -> str:
-    """How a process ended, in words; "" if it came to its end."""
-    if code == 0:
-        return ""
-    words = f"its process died of {signal.Signals(-code).name}" if code < 0 else ""
-    words = words or f"its process ended with code {code}"
-    if code == -signal.SIGKILL:
-        return f"{words}, as the kernel does where memory runs out"
-    end = max(0, said.seek(0, os.SEEK_END) - _LAST_WORDS)
-    said.seek(end)
-    lines = said.read().decode(errors="replace").strip().splitlines()
-    return f"{words}: {lines[-1].strip()}" if lines else words

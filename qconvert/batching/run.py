@@ -16,7 +16,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from qconvert.batching import schedule
@@ -37,6 +37,18 @@ class Executor(Protocol):
     at_once: int
     events: queue.SimpleQueue[tuple[Task, JSON]]
     """What `child.run` says, and {"end": why} behind it; why is "" at an orderly end."""
+    spread: int
+    """Processes among which tasks may be divided, where there are fewer tasks (`Task.parts`)."""
+
+    @property
+    def threads(self) -> int:
+        """Of each task that does not say how many."""
+        ...
+
+    @property
+    def memory(self) -> int | None:
+        """For all tasks together; None where this is not what decides."""
+        ...
 
     def start(self, task: Task, requests: Sequence[Request]) -> None: ...
 
@@ -157,7 +169,8 @@ class _Batch:
         """Sources that were fetched and lie in the cache."""
         self._attempts: dict[int, int] = {}
         self.state = State(entries, dict(_known(entries)))
-        self.state.waiting.extend(schedule.tasks(entries, disk=limits.disk))
+        tasks = schedule.tasks(entries, disk=limits.disk, spread=executor.spread)
+        self.state.waiting.extend(tasks)
 
     def loop(self) -> None:
         while self.state.waiting or self.state.running:
@@ -268,7 +281,8 @@ class _Batch:
             and tries < self._limits.retries
         ):
             self._attempts[number] = tries + 1
-            self.state.waiting.append(schedule.single(self.state.entries, number, tries + 1))
+            again = schedule.single(self.state.entries, number, tries + 1)
+            self.state.waiting.append(replace(again, parts=task.parts))
             self._watch.retried(self.state, number, outcome)
             return
         self.state.outcomes[number] = outcome

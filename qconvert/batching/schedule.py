@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from qconvert import conversion, registry
+from qconvert import conversion, parts, registry
 from qconvert.batching.estimate import Estimate
 from qconvert.batching.jobs import Job
 from qconvert.batching.wire import Failed
@@ -25,6 +25,9 @@ from qconvert.request import Request, output_folder
 from qconvert.stages import finished
 from qconvert.staging import check_destination, output_errors
 from qconvert.types import Checkpoint, Plan
+
+PARTED_BYTES = 4 << 30
+"""A smaller source is converted before several processes have begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Entry:
     peak_bytes: int = 0
     largest_bytes: int = 0
     """Of its tensors in the source."""
+    shards: int = 1
     bits_per_weight: float = 0.0
     seconds: float | None = None
     """An estimate; None where there is none."""
@@ -81,6 +85,8 @@ class Task:
     peak_bytes: int
     calibrated: bool = False
     attempt: int = 0
+    parts: int = 1
+    """Processes that pour its shards, each some of them."""
 
     @property
     def disk_bytes(self) -> int:
@@ -111,11 +117,12 @@ def plan_jobs(
     return [found[number] for number in range(len(jobs))]
 
 
-def tasks(entries: Sequence[Entry], *, disk: int | None = None) -> list[Task]:
+def tasks(entries: Sequence[Entry], *, disk: int | None = None, spread: int = 1) -> list[Task]:
     """The open entries as tasks, in the order in which they should be started.
 
     With a limit for the disk, jobs of one source that do not fit together are taken apart, down to
-    single ones.
+    single ones. With more processes (`spread`) than tasks, large conversions are divided among
+    those that would have nothing to do.
     """
     groups: dict[object, list[int]] = {}
     for number, entry in enumerate(entries):
@@ -128,7 +135,8 @@ def tasks(entries: Sequence[Entry], *, disk: int | None = None) -> list[Task]:
     for numbers in by_size:
         found += _that_fit(entries, numbers, None if disk is None else disk - kept)
         kept += sum(entries[number].total_bytes for number in numbers)
-    return found
+    each = spread // max(1, len(found))
+    return [replace(task, parts=_parts(entries, task, each)) for task in found]
 
 
 def peak_disk(entries: Sequence[Entry], order: Iterable[Task]) -> int:
@@ -186,6 +194,7 @@ def _planned(job: Job, planned: Plan) -> Entry:
         disk_bytes=planned.disk_bytes,
         peak_bytes=_peak_bytes(planned, validate=request.validate),
         largest_bytes=max((entry.tensor.nbytes for entry in planned.entries), default=0),
+        shards=len(planned.shards),
         bits_per_weight=planned.bits_per_weight,
         verdict=None if document is None else document["validation"]["verdict"],
         is_done=document is not None,
@@ -242,6 +251,18 @@ def _task(entries: Sequence[Entry], numbers: Sequence[int]) -> Task:
         max(entry.peak_bytes for entry in chosen) + shared,
         registry.info(chosen[0].request.method).calibrated,
     )
+
+
+def _parts(entries: Sequence[Entry], task: Task, processes: int) -> int:
+    """Into how many parts a task is worth dividing.
+
+    A source on the Hub has to be streamed: else each process would fetch the whole of it.
+    """
+    entry, *others = (entries[number] for number in task.jobs)
+    fetched = task.source.repo_id is not None and not entry.request.stream
+    if others or fetched or task.source.size < PARTED_BYTES or parts.refusal(entry.request):
+        return 1
+    return max(1, min(processes, entry.shards))
 
 
 def _that_fit(entries: Sequence[Entry], numbers: Sequence[int], room: int | None) -> list[Task]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from qconvert.cli import options as opt
 from qconvert.errors import UsageError
@@ -51,11 +53,31 @@ _Retries = Annotated[
         show_default="1",
     ),
 ]
+_Ray = Annotated[
+    str | None,
+    typer.Option(
+        help="Run the jobs as tasks of the Ray cluster at ADDRESS; without one, of that which "
+        "RAY_ADDRESS names or this machine is part of. 'local' starts one here.",
+        metavar="[ADDRESS]",
+    ),
+]
+_ADDRESS = re.compile(r"auto|local|.*:[0-9]+")
+
+
+class _Command(TyperCommand):
+    """Typer knows no option that may stand alone: --ray with no address behind it is --ray=auto."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        following = [*args[1:], ""]
+        return super().parse_args(ctx, [
+            "--ray=auto" if word == "--ray" and not _ADDRESS.fullmatch(after) else word
+            for word, after in zip(args, following, strict=True)
+        ])  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:
     """Adds the verb to the application."""
-    app.command(name="batch")(batch)
+    app.command(name="batch", cls=_Command)(batch)
 
 
 def batch(
@@ -63,6 +85,7 @@ def batch(
     jobs: _Jobs = None,
     disk: _Disk = None,
     retries: _Retries = None,
+    ray: _Ray = None,
     dry_run: opt.DryRun = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON lines on stdout.")] = False,
     quiet: opt.Quiet = False,
@@ -77,7 +100,9 @@ def batch(
     limit = None if disk is None else _size(disk)
     screen = show_batch.screen(json=json, quiet=quiet)
     with screen.planning() as on_planned:
-        made = prepare(file, at_once=jobs, disk=limit, retries=retries, on_planned=on_planned)
+        made = prepare(
+            file, at_once=jobs, disk=limit, retries=retries, ray=ray, on_planned=on_planned
+        )
     screen.plan(made)
     if dry_run:
         refused = sum(entry.problem is not None for entry in made.entries)
