@@ -50,7 +50,7 @@ from qconvert.version import __version__
 _LOCK_SECONDS = 60.0
 """That a worker waits for a folder's lock: one that was lost may hold it for a moment more."""
 _POLL_SECONDS = 0.2
-_STOP_SECONDS = 8.0
+_STOP_SECONDS = 3.0
 _GPU = "CUDA_VISIBLE_DEVICES"
 
 
@@ -90,6 +90,8 @@ class RayTasks:
     def stop(self) -> None:
         """Cancels all calls, whose children end in order if they are quick."""
         self._stopping = True
+        for mark in self._marks.values():
+            mark.unlink(missing_ok=True)
         for force in (False, True):
             for call in list(self._calls):
                 with suppress(ray.exceptions.RayError, ValueError):
@@ -99,8 +101,6 @@ class RayTasks:
                 listener.join(max(0.0, deadline - time.monotonic()))
             if not self._calls:
                 break
-        for mark in self._marks.values():
-            mark.unlink(missing_ok=True)
         if self._ours:
             ray.shutdown()
 

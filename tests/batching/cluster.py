@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+"""Of the cluster and of whoever connects to it: no token in anybody's home."""
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 
@@ -38,7 +40,8 @@ class Nodes:
         self.raylets.remove(raylet)
 
     def add(self) -> None:
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         print("add", file=self.process.stdin, flush=True)
         self.raylets.append(json.loads(self.process.stdout.readline()))
 
@@ -50,9 +53,10 @@ def cluster(nodes: int, environment: Mapping[str, str]) -> Iterator[Nodes]:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.batching.cluster", folder, str(nodes)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **environment, "RAY_USAGE_STATS_ENABLED": "0"},
+            env={**os.environ, **environment, **ENVIRONMENT},
         )  # fmt: skip
-        assert process.stdin and process.stdout
+        assert process.stdin
+        assert process.stdout
         try:
             address, raylets = json.loads(process.stdout.readline())
             yield Nodes(address, raylets, Path(folder), process)
