@@ -23,6 +23,7 @@ import os
 import platform
 import queue
 import signal
+import socket
 import statistics
 import threading
 import time
@@ -49,6 +50,7 @@ from qconvert.version import __version__
 
 _LOCK_SECONDS = 60.0
 """That a worker waits for a folder's lock: one that was lost may hold it for a moment more."""
+_KNOCK_SECONDS = 10.0
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 3.0
 _GPU = "CUDA_VISIBLE_DEVICES"
@@ -207,20 +209,37 @@ def _connect(address: str) -> bool:
         )
     if ray.is_initialized():
         return False
+    _knock(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address)
     handler = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read where a cluster is started
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **local)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ResourceError(
-            f"no Ray cluster at {printable(address)}: {printable(str(error).splitlines()[0])}",
-            hint="ray start --head, or --ray local",
-        ) from error
+        raise _no_cluster(address, error) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's own would leave the batch no time
     return True
+
+
+def _knock(address: str) -> None:
+    """Raises ResourceError where nothing listens: Ray would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), _KNOCK_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> ResourceError:
+    why = printable(str(error).partition("\n")[0])
+    return ResourceError(
+        f"no Ray cluster at {printable(address)}: {why}",
+        hint="ray start --head, or --ray local",
+    )
 
 
 def _nodes() -> list[_Node]:
