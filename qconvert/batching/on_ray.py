@@ -112,7 +112,10 @@ class RayTasks:
         """Puts what is said of a task among the events, as it comes; from a thread of its own."""
         why = "it could not be given to Ray"
         try:
-            order, options = self._order(requests), self._options(task, requests[0])
+            order, options = (
+                self._order(requests),
+                _resources(self._nodes, task, requests[0], self.threads),
+            )
             if task.parts > 1:
                 self._pour_parts(task, order, options)
             why = self._call(order, options, lambda said: self.events.put((task, said)))
@@ -174,19 +177,6 @@ class RayTasks:
             self._marks[folder] = folder / f".qconvert-ray-{uuid.uuid4().hex}"
             self._marks[folder].touch()
         return str(self._marks[folder])
-
-    def _options(self, task: Task, request: Request) -> dict[str, Any]:
-        """What Ray is to keep free for a task; no more than one machine of the cluster has."""
-        gpus = int(request.device != "cpu" and any(it.gpus for it in self._nodes))
-        nodes = [it for it in self._nodes if it.gpus >= gpus]
-        cpus = min(request.threads or self.threads, max(it.cpus for it in nodes))
-        memory = max(it.memory for it in nodes if it.cpus >= cpus)
-        return {
-            "num_cpus": cpus,
-            "num_gpus": gpus,
-            "memory": min(task.peak_bytes, memory),
-            "name": f"qconvert {request.method}",
-        }
 
 
 # ── the cluster ──────────────────────────────────────────────────────────────────────────────
@@ -263,6 +253,22 @@ def _room(nodes: Sequence[_Node], at_once: int | None) -> tuple[int, int]:
         threads = min(node.cpus // node.gpus for node in with_gpus)
         return sum(node.gpus for node in with_gpus), max(1, threads)
     return sum(node.cpus // cpus for node in nodes) or 1, cpus
+
+
+def _resources(
+    nodes: Sequence[_Node], task: Task, request: Request, threads: int
+) -> dict[str, Any]:
+    """What Ray is to keep free for a task; no more than one machine of the cluster has."""
+    gpus = int(request.device != "cpu" and any(it.gpus for it in nodes))
+    able = [it for it in nodes if it.gpus >= gpus]
+    cpus = min(request.threads or threads, max(it.cpus for it in able))
+    memory = max(it.memory for it in able if it.cpus >= cpus)
+    return {
+        "num_cpus": cpus,
+        "num_gpus": gpus,
+        "memory": min(task.peak_bytes, memory),
+        "name": f"qconvert {request.method}",
+    }
 
 
 def _why(error: Exception) -> str:

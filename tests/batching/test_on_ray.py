@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import qconvert
+from qconvert.batching.schedule import Source, Task
 from tests.batching.cluster import ENVIRONMENT, Nodes, cluster
 from tests.fault.test_kill import digest
 from tests.hub.canary import found_in_files
@@ -267,3 +269,23 @@ def test_tasks_at_once_and_their_threads(
     from qconvert.batching.on_ray import _Node, _room
 
     assert _room([_Node(cpus, gpus, 1 << 30) for cpus, gpus in nodes_], at_once) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "peak", "expected"),
+    [
+        ({}, 10, (4, 1, 10)),
+        ({"threads": 9, "device": "cpu"}, 10, (9, 0, 10)),
+        ({"threads": 99, "device": "cuda"}, 1000, (8, 1, 100)),
+        ({"device": "cpu", "threads": 99}, 1000, (16, 0, 200)),
+    ],
+)
+def test_what_ray_keeps_free_for_a_task(
+    asked: dict[str, Any], peak: int, expected: tuple[int, int, int]
+) -> None:
+    from qconvert.batching.on_ray import _Node, _resources
+
+    task = Task((0,), Source("a", 1), 1, peak)
+    nodes = [_Node(8, 2, 100), _Node(16, 0, 200)]
+    found = _resources(nodes, task, qconvert.Request("a", "int8", **asked), 4)
+    assert (found["num_cpus"], found["num_gpus"], found["memory"]) == expected

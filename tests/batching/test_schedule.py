@@ -48,6 +48,9 @@ class Scripted:
     entries: Sequence[Entry]
     script: dict[str, list[str]] = field(default_factory=dict)
     at_once: int = 2
+    spread: int = 1
+    threads: int = 1
+    memory: int | None = None
     hold: bool = False
     """End tasks only when no further one is started."""
     events: queue.SimpleQueue[tuple[Task, JSON]] = field(default_factory=queue.SimpleQueue)
@@ -251,3 +254,41 @@ def test_outcomes_arrive_as_they_were_sent() -> None:
     ):
         assert wire.outcome_from(wire.outcome_json(outcome)) == outcome
         assert asdict(outcome)
+
+
+# ── parts ────────────────────────────────────────────────────────────────────────────────────
+
+
+LARGE = Source("large", 100 * GB)
+
+
+def parted(of: Source, number: int = 1, *, shards: int = 20, **asked: object) -> list[int]:
+    """The parts of each task of `number` entries of one source, among eight processes."""
+    entries = [replace(entry(of, 25), shards=shards) for _ in range(number)]
+    changed = [replace(it, request=replace(it.request, **asked)) for it in entries]
+    return [task.parts for task in schedule.tasks(changed, spread=8)]
+
+
+def test_a_large_conversion_is_divided_among_idle_processes() -> None:
+    assert parted(LARGE) == [8]
+    assert parted(LARGE, shards=3) == [3]
+    assert parted(LARGE, 2) == [1], "formats of one read"
+    assert parted(LARGE, 3, method="dequantize") == [2, 2, 2]
+    assert parted(replace(LARGE, size=GB)) == [1]
+    assert parted(LARGE, method="aqlm") == [1]
+    assert parted(source("large", 100)) == [1], "each would download it"
+    assert parted(source("large", 100), stream=True) == [8]
+    assert [it.parts for it in schedule.tasks([replace(entry(LARGE, 25), shards=9)])] == [1]
+
+
+def test_a_divided_task_that_is_tried_again_is_divided_again() -> None:
+    entries = [replace(entry(LARGE, 25), shards=9)]
+    seen: list[Task] = []
+
+    class Seeing(Silent):
+        def started(self, state: State, task: Task) -> None:
+            seen.append(task)
+
+    executor = Scripted(entries, {entries[0].job.label: ["died"]}, spread=4)
+    run(entries, executor, Limits(), Seeing())
+    assert [(task.parts, task.attempt) for task in seen] == [(4, 0), (4, 1)]
