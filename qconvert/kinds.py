@@ -34,7 +34,7 @@ from qconvert.types import Kind, Role
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 _HARMLESS = ("dtype", "device", "shape", "ndim", "size", "is_meta")
 _DEAD_BRANCHES = ("slow_but_exact", "torch.uint8")
-"""In the tests of `if`: Bloom's replay of Megatron, for pretraining_tp > 1; "is it not quantized?"."""
+"""In tests of `if`: Bloom's replay of Megatron, for pretraining_tp > 1; "is it not quantized?"."""
 
 
 def roles_of(model: Any) -> dict[str, Role]:
@@ -65,7 +65,9 @@ def roles_of(model: Any) -> dict[str, Role]:
             kind, why = Kind.KEPT, "one layer at several places of the model"
         elif not should_convert_module(path, kept):
             kind, why = Kind.KEPT, "the model keeps it in float32"
-        elif leaf in _weights_read(parent.__class__) or any(path.endswith(tail) for tail in reached):
+        elif leaf in _weights_read(parent.__class__) or any(
+            path.endswith(tail) for tail in reached
+        ):
             kind, why = Kind.KEPT, "the model reads its weight instead of calling it"
         elif isinstance(module, Conv1D):
             kind = Kind.CONV1D

@@ -89,8 +89,9 @@ class MethodInfo:
             return next(iter(self.layouts.values()))
         if name not in self.layouts:
             raise UsageError(
-                f"{self.verb} is not stored as {printable(name)}",
+                f"container of {self.verb}",
                 expected=" or ".join(self.layouts),
+                got=printable(name),
                 hint=f"--container {next(iter(self.layouts))}",
             )
         return self.layouts[str(name)]

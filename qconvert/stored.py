@@ -211,8 +211,16 @@ def open_remote(repo_id: str, revision: str | None = None) -> Stored:
     return seen(checkpoint, manifest)
 
 
-def seen(checkpoint: Checkpoint, manifest: JSON | None = None, *, plain: bool = False) -> Stored:
+def seen(
+    checkpoint: Checkpoint,
+    manifest: JSON | None = None,
+    *,
+    plain: bool = False,
+    empty: bool = False,
+) -> Stored:
     """A checkpoint of which the headers are known, with its quantized layers. Raises SourceErrors.
+
+    `empty` lets one pass that has none.
 
     On the Hub, all its small tensors are fetched together: there are thousands in a large model,
     and a request for each would take minutes.
@@ -222,7 +230,7 @@ def seen(checkpoint: Checkpoint, manifest: JSON | None = None, *, plain: bool = 
     tensors, config = checkpoint.tensors, checkpoint.config
     with StoredReader(checkpoint, small) as reader:
         layers = container.layers_in(tensors, lambda name: read_raw(reader, tensors[name]), config)
-    if not layers and contract.load(container.name).variants:
+    if not layers and not empty and contract.load(container.name).variants:
         where = checkpoint.repo_id if checkpoint.remote else checkpoint.root
         raise CorruptFile(f"no layer that is quantized with {container.name}", file=where)
     owned = frozenset(spec.name for found in layers.values() for spec in _specs(container, *found))

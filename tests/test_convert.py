@@ -30,6 +30,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"hqq{bits}": ("hqq", {"bits": bits}) for bits in (8, 6, 5, 4, 3, 2, 1)},
     "hqq4-axis0": ("hqq", {"bits": 4, "axis": 0}),
     "hqq3-axis0": ("hqq", {"bits": 3, "axis": 0}),
+    "packed4": ("hqq", {"bits": 4, "container": "compressed-tensors"}),
+    "packed8": ("int8", {"container": "compressed-tensors"}),
 }
 UNPREDICTED = {MANIFEST_NAME, RUN_LOG_NAME, "README.md"}
 
@@ -84,7 +86,7 @@ def test_the_safetensors_library_reads_every_tensor_as_planned(
     assert any(e.action is Action.QUANTIZE for e in result.plan.entries)
 
 
-@pytest.mark.parametrize("name", ["int8", "eetq", "nf4", "hqq4", "hqq3-axis0"])
+@pytest.mark.parametrize("name", ["int8", "eetq", "nf4", "hqq4", "hqq3-axis0", "packed4"])
 def test_bytes_do_not_depend_on_threads_or_tiles(
     name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,8 @@ def decoded(checkpoint: Checkpoint, *, anew: bool = True) -> Checkpoint:
     found = find(checkpoint, config)
     if not found.encoded:
         raise UsageError(
-            f"config.json says {printable(method)}, but no tensor is quantized with it",
+            f"config.json says that the model is already quantized with {printable(method)}, "
+            "but no tensor is",
             hint="remove quantization_config from config.json if the weights are in full precision",
         )
     dtype = TORCH_NAMES[announced(checkpoint)]

@@ -44,8 +44,9 @@ from qconvert.types import JSON, Array, Checkpoint, Encoded, ReadStored, TensorI
 
 def find(checkpoint: Checkpoint, config: JSON) -> Found:
     """Every quantized layer. Raises SourceErrors for a layer that is not complete."""
-    known = stored.seen(checkpoint)
-    known = known.seen_as(known.structure())
+    known = stored.seen(checkpoint, empty=True)
+    if known.layers:
+        known = known.seen_as(known.structure())
     encoded: dict[str, tuple[str, tuple[int, ...], Encoded]] = {}
     bits = set()
     with known.reader() as reader:

@@ -182,7 +182,8 @@ class HQQ:
         weight = codes.reshape(by_group).astype(np.float32)
         real = self._values(zero) if self.zero == "real" else zero.astype(np.float32)
         weight -= real.reshape(spread)
-        weight *= self._values(scale).reshape(spread)
+        with np.errstate(invalid="ignore"):  # a ruined scale, of which the numeric level tells
+            weight *= self._values(scale).reshape(spread)
         return weight.reshape(codes.shape)
 
     def _starts(self) -> tuple[float, ...]:

@@ -22,11 +22,12 @@ from safetensors.torch import load_file
 from qconvert import contract
 from qconvert.containers import _bits32
 from qconvert.containers.compressed_tensors import COMPRESSED_TENSORS, stored_codes
-from qconvert.conversion import Request, plan
+from qconvert.conversion import Request, convert, plan
 from qconvert.errors import CorruptFile, UnsupportedConfig, UsageError
 from qconvert.methods.hqq import HQQ
 from qconvert.stored import LayerReader, open_stored
 from qconvert.types import Action, Array, Layer, Plan, TensorInfo
+from qconvert.validation import validate_folder
 from tests.bnb_cases import DTYPES, layer_of, source_bits
 from tests.models import tiny
 
@@ -345,13 +346,11 @@ def test_options_that_the_container_has_not(llama: Path) -> None:
             planned(llama, **options)
     with pytest.raises(UsageError, match="hqq has no option zero in the container hqq"):
         plan(Request(str(llama), "hqq", {"bits": 4, "zero": "middle"}))
-    with pytest.raises(UsageError, match="hqq is not stored as gguf"):
+    with pytest.raises(UsageError, match="container of hqq: expected .*, got gguf"):
         plan(Request(str(llama), "hqq", {"bits": 4, "container": "gguf"}))
 
 
 def test_a_converted_folder_reads_back(llama: Path, tmp_path: Path) -> None:
-    from qconvert.conversion import convert
-
     request = Request(
         str(llama), "hqq", {"bits": 4, "container": "compressed-tensors"},
         output=tmp_path / "out", validate=False, max_shard_bytes=20_000,
@@ -367,3 +366,36 @@ def test_a_converted_folder_reads_back(llama: Path, tmp_path: Path) -> None:
             found = method.quantize(source_bits(weight), "BF16")
             values = method.dequantize(found["codes"], found["scale"], found["zero"])
             np.testing.assert_array_equal(LayerReader(stored, name, reader).weight(), values)
+
+
+@pytest.mark.parametrize(
+    ("ignore", "passes"),
+    [
+        (["lm_head"], True),
+        (["re:.*lm_head"], True),
+        (["re:.*(lm_head|gate)$"], True),
+        (["re:(.+)+head"], True),  # not run: nobody knows what it would hit
+        (["re:.*mlp.gate$"], False),
+        (["re:.*down_proj", "lm_head"], False),
+        ([], False),
+    ],
+)
+def test_folders_of_llm_compressor_keep_the_contract(
+    ignore: list[str], passes: bool, llama: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    options = {"bits": 4, "container": "compressed-tensors"}
+    convert(Request(str(llama), "hqq", options, output=folder, validate=False))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= {
+        "global_compression_ratio": 1.4, "ignore": ignore, "kv_cache_scheme": None,
+        "sparsity_config": {}, "transform_config": {}, "version": "0.15.0",
+    }  # fmt: skip
+    del config["quantization_config"]["dequantize"]
+    weights = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    weights |= {"block_structure": None, "observer": "minmax", "observer_kwargs": {}}
+    weights |= {"scale_dtype": None, "zp_dtype": "torch.int8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "qconvert-manifest.json").unlink()
+    (report,) = validate_folder(folder, levels=["contract"]).reports
+    assert report.passed is passes, report.checks

@@ -123,10 +123,11 @@ def test_what_is_not_decoded_is_refused_by_name(tmp_path: Path, method: str | No
     assert "\x1b" not in str(error.value)
 
 
-def test_a_claim_without_codes_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["fp8", "hqq", "mxfp4"])
+def test_a_claim_without_codes_is_refused(tmp_path: Path, method: str) -> None:
     folder = tiny("llama", tmp_path)
-    with_quantization(folder, {"quant_method": "fp8"})
-    with pytest.raises(UsageError, match="no tensor is quantized") as error:
+    with_quantization(folder, {"quant_method": method})
+    with pytest.raises(UsageError, match=f"quantized with {method}, but no tensor is") as error:
         plan(Request(str(folder), "hqq", {"bits": 4}))
     assert "remove quantization_config" in error.value.hint
 

@@ -50,15 +50,16 @@ def exponents(scales: torch.Tensor) -> torch.Tensor:
     return (scales.log2().ceil() + 127).to(torch.uint8)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
-    ("suffix", "scale"),
+    ("suffix", "scale", "dtype"),
     [
-        ("weight_scale_inv", None),
-        ("weight_scale_inv", lambda scales: scales.bfloat16()),
-        ("weight_scale_inv", exponents),
-        ("scale", lambda scales: exponents(scales).view(torch.float8_e8m0fnu)),
-        ("qscale_weight", None),
+        ("weight_scale_inv", None, "bfloat16"),
+        ("weight_scale_inv", None, "float16"),
+        ("weight_scale_inv", None, "float32"),
+        ("weight_scale_inv", lambda scales: scales.bfloat16(), "bfloat16"),
+        ("weight_scale_inv", exponents, "bfloat16"),
+        ("scale", lambda scales: exponents(scales).view(torch.float8_e8m0fnu), "bfloat16"),
+        ("qscale_weight", None, "bfloat16"),
     ],
 )
 def test_blocks(tmp_path: Path, suffix: str, scale: Any, dtype: str) -> None:

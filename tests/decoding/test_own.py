@@ -59,9 +59,14 @@ def test_hqq(tmp_path: Path, dtype: str) -> None:
             assert same(tensor, stored[name])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
-    ("method", "options"), [("nf4", {}), ("nf4", {"double_quant": True}), ("fp4", {})]
+    ("method", "options", "dtype"),
+    [
+        ("nf4", {}, "bfloat16"),
+        ("nf4", {}, "float32"),
+        ("nf4", {"double_quant": True}, "bfloat16"),
+        ("fp4", {}, "float16"),
+    ],
 )
 def test_bitsandbytes_4bit(
     tmp_path: Path, method: str, options: dict[str, Any], dtype: str
@@ -101,8 +106,11 @@ def test_eetq_is_multiplied_in_float16(tmp_path: Path) -> None:
         assert same(ours[f"{name}weight"], theirs), name
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-@pytest.mark.parametrize("scheme", [(1, 12, 8), (2, 8, 8), (3, 6, 16), (8, 8, 4)])
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [((1, 12, 8), "BF16"), ((2, 8, 8), "BF16"), ((8, 6, 4), "BF16"), ((3, 6, 16), "F16"),
+     ((2, 8, 8), "F32")],
+)  # fmt: skip
 def test_aqlm(tmp_path: Path, scheme: tuple[int, int, int], dtype: str) -> None:
     """Its bits are drawn: nothing has to be calibrated to be decoded."""
     from aqlm.utils import _dequantize_weight, unpack_int_data

@@ -100,7 +100,7 @@ def job(model, workers):
 
 def test_the_smallest_window_is_enough_wherever_scales_lie(hub: Hub, tmp_path: Path) -> None:
     jobs, expected = [], []
-    for seed in range(6):
+    for seed in range(4):
         folder = fp8(tmp_path / str(seed), seed, files=1 + seed)
         hub.add_repo(f"org/model-{seed}", folder)
         jobs.append((f"org/model-{seed}", 1 + seed % 3))
@@ -154,9 +154,9 @@ def test_killed_in_mid_stream_it_goes_on(
     """What was made of one verified file and one that never came is not believed."""
     words = ("hqq", "org/model", *OPTIONS, "--stream", "-o", "out", "--no-validate")
     journal = tmp_path / ".out.qconvert-staging" / "journal.jsonl"
-    served.bandwidth(down=20_000)
+    served.bandwidth(down=40_000)
     child = start(served, tmp_path, *words)
-    kill_when(child, lambda: journal.exists() and journal.read_text().count('"tensor"') > 6)
+    kill_when(child, lambda: journal.exists() and journal.read_text().count('"tensor"') > 3)
     served.bandwidth()
     run(served, tmp_path, *words)
     assert weights(tmp_path / "out") == expected

@@ -111,7 +111,7 @@ def test_one_doubled_scale(name: str, broken: Folders, source: Path) -> None:
     folder = faults.edit(broken(name), f"{LAYER}.{SCALES[name]}", double)
     found = failed(report_on(faults.reseal(folder), source))
     assert LAYER in "".join(found.values())
-    assert len(DOUBLED) == 12
+    assert len(DOUBLED) == 14
 
 
 @pytest.mark.parametrize("name", faults.METHODS)
@@ -140,7 +140,10 @@ def test_swapped_tensors(name: str, broken: Folders, source: Path) -> None:
         require(validate_folder(folder, against=source).reports)
 
 
-@pytest.mark.parametrize("name", ["int8", "eetq", "nf4-single", "hqq8", "hqq4", "aqlm4", "aqlm2"])
+OVERWRITTEN = ("int8", "eetq", "nf4-single", "hqq8", "hqq4", "aqlm4", "aqlm2", "packed4", "packed8")
+
+
+@pytest.mark.parametrize("name", OVERWRITTEN)
 def test_overwritten_codes(name: str, broken: Folders, source: Path) -> None:
     """A block of zeros where a sector was lost: 256 bytes of one tensor."""
 
@@ -149,6 +152,15 @@ def test_overwritten_codes(name: str, broken: Folders, source: Path) -> None:
 
     folder = faults.edit(broken(name), f"{LAYER}.{CODES[name]}", lose)
     assert LAYER in "".join(failed(report_on(faults.reseal(folder), source)).values())
+
+
+def test_a_zero_point_that_is_another(broken: Folders, source: Path) -> None:
+    def flip(values: np.ndarray) -> None:
+        values[0] ^= 8  # of the first output, by half the codes
+
+    folder = faults.edit(broken("packed4"), f"{LAYER}.weight_zero_point", flip)
+    found = failed(report_on(faults.reseal(folder), source))
+    assert LAYER in "".join(found.values())
 
 
 def test_one_flipped_bit_in_a_copied_tensor(broken: Folders, source: Path) -> None:
