@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qconvert import modelconfig
+from qconvert import contract, modelconfig
 from qconvert.arrays import to_torch, torch_dtype
 from qconvert.decoding import decoded
 from qconvert.errors import ContractViolation
@@ -145,7 +145,8 @@ def stock(stored: Stored, dtype: Any, device: str) -> Loaded:
         stored.root, dtype=asked_dtype(stored, dtype), **place, **_SAFE
     )
     name = f"transformers {_version('transformers')} {cls.__name__}.from_pretrained{after}"
-    name += f", {library} {_version(library)}" if stored.layers else ""
+    if stored.layers:
+        name += "".join(f", {it} {_version(it)}" for it in contract.load(library).libraries)
     return Loaded(model, _complaints(info), name)
 
 
