@@ -173,9 +173,9 @@ METHODS = (
                 {"compute_dtype": "F16", "zero": "middle"},
             ),
             "awq": Layout(
-                "qconvert.methods.hqq:with_integer_zeros",
+                "qconvert.methods.hqq:awq",
                 "qconvert.containers.awq:AWQ",
-                {"compute_dtype": "F16", "zero": "integer"},
+                {"compute_dtype": "F16"},
             ),
         },
         bits=(8, 6, 5, 4, 3, 2, 1),

@@ -234,7 +234,7 @@ def cpu_refusal(stored: Stored) -> str:
     for name, (layer, method) in stored.layers.items():
         if (
             stored.container.name in GPTQMODEL
-            and (method.bits, method.group_size) == (4, -1)
+            and (method.bits, getattr(method, "group_size", 0)) == (4, -1)
             and layer.in_features not in _CPU_GROUPS
         ):
             return (

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from qconvert.source import SourceReader
 from qconvert.stored import LayerReader, open_stored
 from qconvert.types import Array, Layer, Plan, TensorInfo, Verdict
 from qconvert.validation import validate_folder
+from qconvert.validation.loaders import compute_dtype, cpu_refusal
 from tests.bnb_cases import DTYPES, layer_of, source_bits
 from tests.models import tiny
 
@@ -272,7 +274,10 @@ def test_options_that_the_containers_have_not(llama: Path, tmp_path: Path) -> No
         ("gptq", {"bits": 3}, "one of 8, 4, got 3"),
         ("gptq", {"zero": "integer"}, "no option zero in the container gptq"),
         ("gptq", {"overrides": ("down_proj=bits:8",)}, "one scheme for the whole model"),
-        ("awq", {"bits": 8}, "AWQ kernels know 4 bits, not 8"),
+        ("gptq", {"axis": 0}, "axis of hqq where zeros are codes: expected 1, got 0"),
+        ("gptq", {"group_size": 16}, "expected one of 32, 64, 128, -1, got 16"),
+        ("awq", {"bits": 8}, "bits of hqq in the container awq: expected 4, got 8"),
+        ("awq", {"zero": "middle"}, "no option zero in the container awq"),
         ("awq", {"overrides": ("down_proj=group_size:64",)}, "one scheme for the whole model"),
     ):
         with pytest.raises(UsageError, match=words):
@@ -299,6 +304,7 @@ def test_a_converted_folder_is_checked(name: str, llama: Path, made: dict[str, P
     proof = validate_folder(made[name], against=str(llama))
     assert proof.verdict is Verdict.CHECKED
     assert "gptqmodel" in proof.reports[-1].skipped
+    assert "--loader transformers==" in proof.reports[-1].skipped
     source = load_file(llama / "model.safetensors")
     stored = open_stored(made[name])
     assert len(stored.checkpoint.files) > 1
@@ -308,6 +314,29 @@ def test_a_converted_folder_is_checked(name: str, llama: Path, made: dict[str, P
             found = method.quantize(source_bits(source[layer.tensor.name]), "BF16")
             values = method.dequantize(found["codes"], found["scale"], found["zero"])
             np.testing.assert_array_equal(LayerReader(stored, path, reader).weight(), values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_gptqmodel_makes_the_same_model(name: str, llama: Path, made: dict[str, Path]) -> None:
+    """In transformers of the version here, on a CPU; with a layer that stays beside the head."""
+    loader = f"transformers=={version('transformers')}"
+    proof = validate_folder(made[name], against=str(llama), device="cpu", loaders=[loader])
+    assert proof.verdict is Verdict.VERIFIED, proof.reports
+    data = proof.reports[-1].data
+    assert (data["dtype"], "gptqmodel" in data["loader"]) == ("bfloat16", True)
+    [classes] = [it for it in proof.reports[-1].checks if it.name == "every layer has its class"]
+    assert "13 × gptqmodel.*, 2 in full precision" in classes.detail
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_rows_of_4_bits_are_not_for_its_cpu_kernel(name: str, llama: Path, tmp_path: Path) -> None:
+    options = {"bits": 4, "group_size": -1, "container": name}
+    convert(Request(str(llama), "hqq", options, output=tmp_path / "q", validate=False))
+    stored = open_stored(tmp_path / "q")
+    assert "whose groups are rows of" in cpu_refusal(stored)
+    assert compute_dtype(stored, "cpu") is torch.bfloat16
+    assert compute_dtype(stored, "cuda") is torch.float16
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case.parent.parent.name}-{case.name}")
