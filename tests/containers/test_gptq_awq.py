@@ -29,7 +29,7 @@ from qconvert.methods.hqq import HQQ
 from qconvert.source import SourceReader
 from qconvert.stored import LayerReader, open_stored
 from qconvert.types import Array, Layer, Plan, TensorInfo, Verdict
-from qconvert.validation import validate_folder
+from qconvert.validation import loaders, validate_folder
 from qconvert.validation.loaders import compute_dtype, cpu_refusal
 from tests.bnb_cases import DTYPES, layer_of, source_bits
 from tests.models import tiny
@@ -330,10 +330,14 @@ def test_gptqmodel_makes_the_same_model(name: str, llama: Path, made: dict[str, 
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_rows_of_4_bits_are_not_for_its_cpu_kernel(name: str, llama: Path, tmp_path: Path) -> None:
+def test_rows_of_4_bits_are_not_for_its_cpu_kernel(
+    name: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"bits": 4, "group_size": -1, "container": name}
     convert(Request(str(llama), "hqq", options, output=tmp_path / "q", validate=False))
     stored = open_stored(tmp_path / "q")
+    assert cpu_refusal(stored) == "", "rows of 64 and 128 are groups that it knows"
+    monkeypatch.setattr(loaders, "_CPU_GROUPS", (32,))
     assert "whose groups are rows of" in cpu_refusal(stored)
     assert compute_dtype(stored, "cpu") is torch.bfloat16
     assert compute_dtype(stored, "cuda") is torch.float16
