@@ -155,7 +155,7 @@ def transcode(
 ) -> Result:
     """Stores a quantized checkpoint in another format, with the same codes, scales and zeros.
 
-    `to` is "compressed-tensors", "hqq", "eetq" or "bitsandbytes". Raises UsageError where the two
+    `to` is "compressed-tensors", "hqq", "gptq", "awq" or "eetq". Raises UsageError where the two
     do not hold the same numbers, naming the error that quantizing once more would add;
     `requantize` takes that, to as many `bits` in groups of as many weights as the source has unless
     said otherwise. `more` is what `convert` takes: `output`, `revision`, `push`, ….

@@ -17,7 +17,7 @@ import ast
 import json
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -150,6 +150,12 @@ class Contract:
         """Why no stock loader can be tried in a process without a network, or ""."""
         reason: str = self.data.get("no_reload", "")
         return reason
+
+    @property
+    def libraries(self) -> Sequence[str]:
+        """The packages, as pip names them, with which transformers reads it."""
+        found: Sequence[str] = self.data.get("libraries", [self.name] if self.variants else [])
+        return found
 
     @property
     def experts(self) -> Mapping[str, Any]:

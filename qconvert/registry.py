@@ -68,7 +68,7 @@ class MethodInfo:
                 f"{options.get('container') or next(iter(self.layouts))}",
                 hint=f"qconvert {self.verb} --help",
             )
-        for name in {"compute_dtype", "dtype"} & takes.keys():
+        for name in {"compute_dtype", "dtype"} & (takes.keys() - layout.fixed.keys()):
             given.setdefault(name, dtype)
         return make(**layout.fixed, **given), layout.load_container()
 
@@ -167,13 +167,23 @@ METHODS = (
                 "qconvert.methods.hqq:with_integer_zeros",
                 "qconvert.containers.compressed_tensors:COMPRESSED_TENSORS",
             ),
+            "gptq": Layout(
+                "qconvert.methods.hqq:with_integer_zeros",
+                "qconvert.containers.gptq:GPTQ",
+                {"compute_dtype": "F16", "zero": "middle"},
+            ),
+            "awq": Layout(
+                "qconvert.methods.hqq:awq",
+                "qconvert.containers.awq:AWQ",
+                {"compute_dtype": "F16"},
+            ),
         },
         bits=(8, 6, 5, 4, 3, 2, 1),
         options={
             "bits": "8, 6, 5, 4, 3, 2 or 1",
             "group_size": "weights that share scale and zero (default 64)",
             "axis": "1: groups along in_features (default); 0: across the flattened weight",
-            "container": _CONTAINER,
+            "container": f"{_CONTAINER}, gptq or awq",
             "zero": "of compressed-tensors: integer (at 4 bits) or middle, a symmetric grid (at 8)",
         },
     ),

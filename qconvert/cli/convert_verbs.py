@@ -32,7 +32,7 @@ _Axis = Annotated[
 _Container = Annotated[
     str | None,
     typer.Option(
-        help="compressed-tensors: what transformers 5, vLLM and SGLang read.",
+        help="compressed-tensors: what transformers 5, vLLM and SGLang read. Of hqq: gptq, awq.",
         metavar="NAME",
         show_default="the format's own",
     ),

@@ -76,7 +76,7 @@ def describe_source(stored: Checkpoint, source: Checkpoint) -> JSON:
 def describe(stored: Stored) -> JSON:
     """Everything that headers, config and manifest say about a quantized checkpoint."""
     modules: JSON = {}
-    anonymous = stored.container.name == "compressed-tensors"  # it does not say what made it
+    anonymous = stored.container.name in ("compressed-tensors", "gptq", "awq")  # whoever made it
     for name, (layer, method) in stored.layers.items():
         size = sum(spec.nbytes for spec in stored.specs(name))
         how = stored.container.name if anonymous else method.name

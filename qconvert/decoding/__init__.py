@@ -25,10 +25,12 @@ __all__ = ["decoded", "open_source"]
 
 _READERS: Mapping[str, str] = {
     "aqlm": "own",
+    "awq": "own",
     "bitsandbytes": "own",
     "compressed-tensors": "compressed",
     "eetq": "own",
     "fp8": "fp8",
+    "gptq": "own",
     "hqq": "own",
     "mxfp4": "mxfp4",
 }

@@ -6,6 +6,7 @@ float32; a loader computes in the dtype of the model, and rounds where its libra
 - bitsandbytes: float32, rounded once, for 4 bits to the dtype that the quant_state names; its
   kernels know the codebook and do not read the one in the file;
 - hqq: code less zero, and the product with the scale, each in `compute_dtype`;
+- gptq, awq: the product of code less zero and scale in float16, as their reference code does;
 - EETQ: the product of code and scale in float16, as its kernel makes weights;
 - aqlm: the sum of the vectors, and the product with the scale, each in the codebooks' dtype.
 """
@@ -29,6 +30,7 @@ from qconvert.decoding.scaled import (
     Scaled,
     store,
 )
+from qconvert.decoding.stripes import Striped, StripedCodes, StripedFloats, StripedZeros
 from qconvert.errors import CorruptFile
 from qconvert.lazy import np
 from qconvert.methods.aqlm import AQLM
@@ -64,6 +66,7 @@ class _Parts:
 
     def __init__(self, known: stored.Stored, name: str, reader: Reader) -> None:
         self.layer, self.method = known.layers[name]
+        self.container = known.container.name
         self._known, self._name, self._reader = known, name, reader
         self._specs = {spec.name: spec for spec in known.specs(name)}
 
@@ -88,7 +91,7 @@ class _Parts:
 def _decoder(of: _Parts, announced: str) -> Scaled | Additive:
     match of.method:
         case HQQ():
-            return _hqq(of)
+            return _striped(of) if of.container in ("gptq", "awq") else _hqq(of)
         case BnB4bit():
             return _bnb_4bit(of)
         case LLMInt8():
@@ -163,6 +166,26 @@ class Slabs:
             words = parts.read(read_stored, self.part, a - first, b - first)
             codes[a - start : b - start] = hqq.unpack_slab(words, self.bits, slab)
         return codes
+
+
+# ── gptq, awq ────────────────────────────────────────────────────────────────────────────────
+
+
+def _striped(of: _Parts) -> Striped:
+    method: Any = of.method
+    rows, columns = of.layer.out_features, of.layer.in_features
+    size = columns if method.group_size == -1 else method.group_size
+    words, scales, zeros = of["qweight"], of["scales"], of["qzeros"]
+    return Striped(
+        parts=of.all(words, scales, zeros),
+        codes=StripedCodes(words, of.container, method.bits, columns),
+        meaning=Known("U8"),
+        grid=Grid(rows, columns, 1, size),
+        scales=StripedFloats(scales),
+        zeros=StripedZeros(zeros, of.container, method.bits),
+        dtype=method.compute_dtype,
+        computed=method.compute_dtype,
+    )
 
 
 # ── bitsandbytes ─────────────────────────────────────────────────────────────────────────────

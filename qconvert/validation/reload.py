@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -31,7 +31,7 @@ from qconvert.stored import Stored
 from qconvert.text import human_bytes
 from qconvert.types import JSON, Check, Checkpoint, Progress, Report
 from qconvert.validation import isolation, truncate
-from qconvert.validation.environments import Environment
+from qconvert.validation.environments import Environment, version_here
 from qconvert.validation.reports import RELOAD
 
 HELD_OUT = Path(__file__).parent.parent / "demo" / "heldout.txt"
@@ -76,7 +76,8 @@ def check_reload(
     raises for what the files or the loader do: that is in the report. Raises the errors of reading
     where one of the two is on the Hub.
     """
-    if refusal := contract.load(stored.container.name).no_reload:
+    format_ = contract.load(stored.container.name)
+    if refusal := format_.no_reload or ("" if environment else _absent(format_.libraries)):
         return Report(RELOAD, [], skipped=refusal)
     device, variables = _alone(device)
     request: JSON = {
@@ -106,6 +107,17 @@ def check_reload(
     if environment is not None:
         report.data["requirement"] = environment.spec.text
     return report
+
+
+def _absent(libraries: Sequence[str]) -> str:
+    """That a loader's libraries are not installed, or ""."""
+    absent = [name for name in libraries if not version_here(name)]
+    if not absent:
+        return ""
+    return (
+        f"transformers reads it with {' and '.join(absent)}, not installed here (--loader "
+        f"transformers=={version_here('transformers')} runs it)"
+    )
 
 
 def _alone(device: str) -> tuple[str, dict[str, str]]:
