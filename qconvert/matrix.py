@@ -112,8 +112,12 @@ def note(cell: Cell) -> str:
 def of_format(name: str) -> list[JSON]:
     """The loaders of a format: "loader", "versions" that read it, "status" in a sentence.
 
-    Rows that a loader treats alike are one entry, the others name their row.
+    Rows that a loader treats alike are one entry, the others name their row. The format of another
+    package says itself who reads it.
     """
+    if (of := contract.load(name)).added is not None:
+        listed: list[JSON] = of.data["loaders"]
+        return listed
     matrix = load()
     rows = [row for row in matrix.rows if row.format == name]
     return [entry for column in matrix.columns for entry in _entries(rows, column)]

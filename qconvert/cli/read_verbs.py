@@ -157,7 +157,8 @@ def formats(json: opt.Json = False) -> None:
     """List the methods, their options, and which loaders read the result."""
     from qconvert.cli import show_formats
 
-    show_formats.show(registry.METHODS, [contract.load(name) for name in contract.names()], json)
+    names = [*contract.names(), *(it.name for it in contract.added().values() if not it.problem)]
+    show_formats.show(registry.methods(), [contract.load(name) for name in names], json)
 
 
 def doctor(json: opt.Json = False) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from qconvert import contract, extensions, registry
 from qconvert.cli.show import console, print_json, table
 from qconvert.text import human_bytes
 from qconvert.types import JSON
@@ -39,6 +40,13 @@ def show(*, json: bool) -> None:
         mark = "[green]✓[/]" if row["ok"] else "[red]✗[/]"
         rows.add_row(name, escape(row["needed"]), row["installed"] or "–", mark)
     out.print(rows)
+    if report["extensions"]:
+        added = table("added by", "what", "")
+        for row in report["extensions"]:
+            mark = escape(row["problem"]) and f"[red]✗[/] {escape(row['problem'])}"
+            what = escape(f"{row['kind']} {row['name']}")
+            added.add_row(escape(row["package"]), what, mark or "[green]✓[/]")
+        out.print(added)
     if report["fix"]:
         out.print("[red]missing or too old libraries[/]\n")
         out.print(f"hint: {escape(report['fix'])}", soft_wrap=True)
@@ -65,7 +73,25 @@ def examine() -> JSON:
     fix = ""
     if broken:
         fix = f"{sys.executable} -m pip install " + " ".join(f"'{item}'" for item in broken)
-    return {"machine": _machine(), "libraries": libraries, "fix": fix}
+    return {
+        "machine": _machine(),
+        "libraries": libraries,
+        "extensions": _extensions(),
+        "fix": fix,
+    }
+
+
+def _extensions() -> list[JSON]:
+    """The methods and formats that other packages add, also those that cannot be used."""
+    return [
+        {
+            "kind": "method" if one.group == extensions.METHODS else "format",
+            "name": one.name,
+            "package": f"{one.package} {one.version}",
+            "problem": one.problem,
+        }
+        for one in (*registry.added(), *contract.added().values())
+    ]
 
 
 def _machine() -> JSON:
