@@ -266,6 +266,11 @@ def names() -> list[str]:
     return sorted(p.parent.name for p in formats_root().glob("*/tensors.json"))
 
 
+def all_names() -> list[str]:
+    """Every format that can be used here, those of other packages last."""
+    return [*names(), *(it.name for it in added().values() if not it.problem)]
+
+
 @cache
 def added() -> Mapping[str, Extension]:
     """The formats of other packages, and those that cannot be used, by name."""

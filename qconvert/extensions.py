@@ -46,9 +46,13 @@ class Extension:
     problem: str = ""
     """Why it is not used, on one line."""
 
+    @property
+    def kind(self) -> str:
+        """"method" or "format"."""
+        return "method" if self.group == METHODS else "format"
+
     def __str__(self) -> str:
-        kind = "method" if self.group == METHODS else "format"
-        return f"the {kind} {printable(self.name)} of {self.package} {self.version}"
+        return f"the {self.kind} {printable(self.name)} of {self.package} {self.version}"
 
 
 def names(group: str) -> tuple[str, ...]:

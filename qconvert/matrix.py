@@ -113,10 +113,10 @@ def of_format(name: str) -> list[JSON]:
     """The loaders of a format: "loader", "versions" that read it, "status" in a sentence.
 
     Rows that a loader treats alike are one entry, the others name their row. The format of another
-    package says itself who reads it.
+    package says itself who reads it, in its tensors.json.
     """
-    if (of := contract.load(name)).added is not None:
-        listed: list[JSON] = of.data["loaders"]
+    listed: list[JSON] | None = contract.load(name).data.get("loaders")
+    if listed is not None:
         return listed
     matrix = load()
     rows = [row for row in matrix.rows if row.format == name]

@@ -221,7 +221,8 @@ def _own(method: MethodInfo) -> Parameters:
         text = f"{help_[:1].upper()}{help_[1:].rstrip('.')}."
         option = typer.Option(flags, help=text, metavar=metavar, show_default=False)
         found.append((name, Annotated[kind | None, option], None))
-    return [*found, ("override", _Override, None)] if found else found
+    numbers = any(kind is int for kind in method.types.values())
+    return [*found, ("override", _Override, None)] if numbers else found
 
 
 def _add(

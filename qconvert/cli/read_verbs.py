@@ -157,8 +157,8 @@ def formats(json: opt.Json = False) -> None:
     """List the methods, their options, and which loaders read the result."""
     from qconvert.cli import show_formats
 
-    names = [*contract.names(), *(it.name for it in contract.added().values() if not it.problem)]
-    show_formats.show(registry.methods(), [contract.load(name) for name in names], json)
+    formats = [contract.load(name) for name in contract.all_names()]
+    show_formats.show(registry.methods(), formats, json)
 
 
 def doctor(json: opt.Json = False) -> None:
