@@ -16,6 +16,12 @@ from qconvert.version import __version__
 
 if TYPE_CHECKING:
     from qconvert.api import (
+        Catalogue,
+        Examination,
+        Finding,
+        Inspection,
+        Loader,
+        Outcome,
         Plan,
         Pushed,
         PushOptions,
@@ -23,7 +29,13 @@ if TYPE_CHECKING:
         Result,
         Validation,
         convert,
+        convert_together,
         dequantize,
+        doctor,
+        formats,
+        inspect,
+        lint_card,
+        model_card,
         open_checkpoint,
         plan,
         push,
@@ -33,6 +45,12 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Catalogue",
+    "Examination",
+    "Finding",
+    "Inspection",
+    "Loader",
+    "Outcome",
     "Plan",
     "PushOptions",
     "Pushed",
@@ -41,7 +59,13 @@ __all__ = [
     "Validation",
     "__version__",
     "convert",
+    "convert_together",
     "dequantize",
+    "doctor",
+    "formats",
+    "inspect",
+    "lint_card",
+    "model_card",
     "open_checkpoint",
     "plan",
     "push",

@@ -48,7 +48,7 @@ class Extension:
 
     @property
     def kind(self) -> str:
-        """"method" or "format"."""
+        """ "method" or "format"."""
         return "method" if self.group == METHODS else "format"
 
     def __str__(self) -> str:

@@ -16,7 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qconvert import advice, contract, extensions, linears, mixture, modelconfig, safepath, sidefiles
+from qconvert import (
+    advice,
+    contract,
+    extensions,
+    linears,
+    mixture,
+    modelconfig,
+    safepath,
+    sidefiles,
+)
 from qconvert.blocks import Blocks, block_of, find_blocks
 from qconvert.errors import UnsupportedConfig, UsageError
 from qconvert.footprint import SMALL_FILES_BYTES, Calibrating, peak_bytes, working_bytes

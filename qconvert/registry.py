@@ -289,8 +289,8 @@ def info(verb: str) -> MethodInfo:
     of_name = [it for it in added() if it.name == verb]  # 20 ms that our own need not pay
     for one in of_name:
         if not one.problem:
-            method = one.value
-            return method
+            added_info: MethodInfo = one.value
+            return added_info
     for one in of_name:
         raise UsageError(f"{one} cannot be used: {one.problem}", hint="qconvert doctor")
     raise UsageError(
@@ -299,7 +299,7 @@ def info(verb: str) -> MethodInfo:
 
 
 def _check_added(name: str, value: Any) -> None:
-    """Raises Unusable for what is no method, or has what a method of another package cannot have."""
+    """Raises Unusable for what is no method, or has what only our own can have."""
     if not isinstance(value, MethodInfo):
         raise Unusable(f"expected a qconvert.registry.MethodInfo, got {type(value).__name__}")
     if value.verb != name:

@@ -342,7 +342,9 @@ class Tiled:
             for start, stop in tile.reads:
                 first, last = max(start, start_element), min(stop, stop_element)
                 if first < last:
-                    weights = parts.kept((read_stored, self, tile.index), partial(_flat, layer, tile))
+                    weights = parts.kept(
+                        (read_stored, self, tile.index), partial(_flat, layer, tile)
+                    )
                     found = weights[at + first - start : at + last - start]
                     values[first - start_element : last - start_element] = found
                 at += stop - start

@@ -14,7 +14,17 @@ import numpy as np
 
 from qconvert.arrays import to_float32, view
 from qconvert.errors import CorruptFile, NonFinite, UsageError
-from qconvert.types import JSON, Array, Layer, Parts, Plan, TensorInfo, Tile, Write, dtype_from_torch
+from qconvert.types import (
+    JSON,
+    Array,
+    Layer,
+    Parts,
+    Plan,
+    TensorInfo,
+    Tile,
+    Write,
+    dtype_from_torch,
+)
 
 STEPS = 127
 """The largest code; -128 is not used, so that the grid is symmetric."""
