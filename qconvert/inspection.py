@@ -44,9 +44,11 @@ class Inspection:
     revision: str | None
     """The commit of that."""
     verdict: str | None
-    """"verified", "checked", "failed" or "not validated", as the manifest claims."""
+    """ "verified", "checked", "failed" or "not validated", as the manifest claims."""
     versions: Mapping[str, str]
     """Library → version of those that it was made with."""
+    fingerprint: str | None
+    """`Plan.fingerprint` of the conversion, but for what calibration has read."""
     modules: Mapping[str, Module]
     """By name on disk."""
 
@@ -118,6 +120,7 @@ def _about(
         revision=source.get("revision"),
         verdict=_verdict(manifest),
         versions=(manifest or {}).get("versions", {}),
+        fingerprint=(manifest or {}).get("fingerprint"),
         modules=modules,
     )
 
