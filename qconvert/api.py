@@ -49,12 +49,15 @@ def plan(
     model: str | Path,
     method: str,
     *,
+    output: str | Path | None = None,
     revision: str | None = None,
     skip: str | None = None,
     experts: str = "keep",
     overrides: Sequence[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     threads: int | None = None,
+    stream: bool = False,
+    push: PushOptions | bool = False,
     calibration: str | Path | None = None,
     nsamples: int | None = None,
     seqlen: int | None = None,
@@ -68,13 +71,15 @@ def plan(
     `model` is a folder, a Hub id or "demo"; `method` one that `formats` lists: "int8", "eetq",
     "nf4", "fp4", "hqq", "aqlm", or another package's. `skip` is a regex of layers to keep in full
     precision, `overrides` are `"REGEX=bits:4,group_size:64"`; `experts` is "keep" or "quantize",
-    which not every loader reads; `calibration` names a text, a folder, ids or a dataset.
+    which not every loader reads; `calibration` names a text, a folder, ids or a dataset. `stream`, `push`
+    and `output` are those of `convert`, as far as memory and disk depend on them.
     """
     return conversion.plan(
         Request(
             str(model),
             method,
             options,
+            output=None if output is None else Path(output),
             revision=revision,
             skip=skip,
             experts=experts,
@@ -82,6 +87,8 @@ def plan(
             calibration=_calibration(calibration, nsamples, seqlen, seed, epochs, tune),
             max_shard_bytes=max_shard_bytes,
             threads=threads,
+            stream=stream,
+            push=PushOptions() if push is True else push or None,
         )
     )
 

@@ -79,11 +79,13 @@ def done(model: str, method: str, asked: argparse.Namespace) -> dict[str, Any]:
     last = newest(name, asked)
     if last is not None and same_source(last, planned):
         return {"outcome": "unchanged", "revision": last.revision, "result": last.folder}
+    folder = asked.root / asked.night / name
+    folder.parent.mkdir(exist_ok=True)
     result = qconvert.convert(
         model,
         verb,
         revision=planned.checkpoint.revision,
-        output=asked.root / asked.night / name,
+        output=folder,
         overwrite=True,
         push=qconvert.PushOptions(f"{asked.push}/{name}") if asked.push else False,
         progress=show if sys.stderr.isatty() else None,
