@@ -71,8 +71,8 @@ def plan(
     `model` is a folder, a Hub id or "demo"; `method` one that `formats` lists: "int8", "eetq",
     "nf4", "fp4", "hqq", "aqlm", or another package's. `skip` is a regex of layers to keep in full
     precision, `overrides` are `"REGEX=bits:4,group_size:64"`; `experts` is "keep" or "quantize",
-    which not every loader reads; `calibration` names a text, a folder, ids or a dataset. `stream`, `push`
-    and `output` are those of `convert`, as far as memory and disk depend on them.
+    which not every loader reads; `calibration` names a text, a folder, ids or a dataset. `stream`,
+    `push` and `output` are those of `convert`, as far as memory and disk depend on them.
     """
     return conversion.plan(
         Request(

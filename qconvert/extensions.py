@@ -104,10 +104,15 @@ def in_words(error: BaseException) -> str:
 
 
 @cache
-def _points(group: str) -> tuple[EntryPoint, ...]:
+def _all() -> Any:
     from importlib.metadata import entry_points  # 20 ms, and as many to look through a large venv
 
-    return tuple(sorted(entry_points(group=group), key=lambda it: (it.name, _package(it))))
+    return entry_points()
+
+
+@cache
+def _points(group: str) -> tuple[EntryPoint, ...]:
+    return tuple(sorted(_all().select(group=group), key=lambda it: (it.name, _package(it))))
 
 
 def _package(point: EntryPoint) -> str:

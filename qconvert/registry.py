@@ -306,6 +306,8 @@ def _check_added(name: str, value: Any) -> None:
         raise Unusable(f"its verb is {value.verb}")
     if value.calibrated:
         raise Unusable("calibrated methods cannot be added: calibration knows each of its own")
+    if not all(isinstance(layout, Layout) for layout in value.layouts.values()):
+        raise Unusable("layouts: expected a qconvert.registry.Layout for each format")
     known = {*contract.names(), *extensions.names(extensions.FORMATS)}
     if unknown := sorted(value.layouts.keys() - known):
         raise Unusable(f"no format {unknown[0]} is installed")

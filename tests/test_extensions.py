@@ -76,7 +76,14 @@ MISTAKES = {
     "UPPER": (method("UPPER"), "a name is 1 to 32 of a-z"),
     "other": (method("another"), "its verb is another"),
     "trained": (method("trained", calibrated=True), "calibrated methods cannot be added"),
-    "homeless": (method("homeless", layouts={"gguf": None}), "no format gguf is installed"),
+    "homeless": (
+        method("homeless", layouts={"gguf": 0}).replace("0}", "OTHER.layouts['absmax8']}"),
+        "no format gguf is installed",
+    ),
+    "shapeless": (
+        method("shapeless", layouts={"hqq": None}),
+        "expected a qconvert.registry.Layout",
+    ),
     "bare": (method("bare", layouts={}), "it has no layouts"),
     "greedy": (method("greedy", options={"model": "x"}), "no option can be called model"),
     "spaced": (method("spaced", options={"a b": "x"}), "no option can be called a b"),
@@ -240,6 +247,30 @@ def test_a_plan_in_another_version_of_the_package_is_another_plan(
     forget()
     assert plan(Request("demo", "absmax8")).fingerprint != first
     assert extensions.packages(object(), registry.METHODS) == {}
+
+
+@pytest.mark.usefixtures("plugged")
+def test_without_torch_code_tiles_are_quantized_on_the_cpu() -> None:
+    from qconvert.accelerator import Accelerator
+
+    made, _ = registry.info("absmax8").build("F32", {})
+    block = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    there, here = Accelerator("cpu")(made, block, "F32"), made.quantize(block, "F32")
+    assert there.keys() == here.keys()
+    assert all(np.array_equal(there[name], here[name]) for name in here)
+
+
+def test_without_a_loader_a_result_is_checked_and_no_more(site: Path, tmp_path: Path) -> None:
+    describe(site, "qconvert-absmax8", METHODS + FORMATS.replace("qconvert_absmax8", "mute"))
+    (site / "mute.py").write_text(
+        "from dataclasses import replace\nimport qconvert_absmax8\n"
+        "FORMAT = replace(qconvert_absmax8.FORMAT, loader='')\n"
+    )
+    forget()
+    source = tiny("llama", tmp_path / "source")
+    result = convert(Request(str(source), "absmax8", output=tmp_path / "out", device="cpu"))
+    assert result.verdict == "checked"
+    assert result.reports[2].skipped == "qconvert-absmax8 names no loader of absmax8"
 
 
 # ── what names are taken ─────────────────────────────────────────────────────────────────────
