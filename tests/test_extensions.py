@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qconvert import contract, extensions, registry, stored
+from qconvert import contract, extensions, registry, stored, types
 from qconvert.batching.values import CALIBRATION, COMMON
 from qconvert.cli import app, convert_verbs
-from qconvert.conversion import convert
+from qconvert.conversion import convert, plan
 from qconvert.decoding import open_source
 from qconvert.errors import UsageError
 from qconvert.request import Request
@@ -238,8 +240,6 @@ def test_any_range_of_a_decoded_weight_is_that_of_the_whole(
 def test_a_plan_in_another_version_of_the_package_is_another_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qconvert.conversion import plan
-
     first = plan(Request("demo", "absmax8")).fingerprint
     assert plan(Request("demo", "absmax8")).fingerprint == first
     shutil.rmtree(next((tmp_path / "site").glob("*.dist-info")))
@@ -273,6 +273,34 @@ def test_without_a_loader_a_result_is_checked_and_no_more(site: Path, tmp_path: 
     assert result.reports[2].skipped == "qconvert-absmax8 names no loader of absmax8"
 
 
+def test_a_method_may_write_a_format_of_ours(site: Path) -> None:
+    (site / "preset.py").write_text(
+        "from qconvert.registry import Layout, MethodInfo\n"
+        "LAYOUT = Layout('qconvert.methods.hqq:HQQ', 'qconvert.containers.hqq:HQQ_NATIVE',\n"
+        "                {'bits': 3, 'zero': 'real'})\n"
+        "METHOD = MethodInfo('hqq3', 'HQQ at 3 bits', {'hqq': LAYOUT}, (3,),\n"
+        "                    {'group_size': 'weights in a group'}, {'group_size': int})\n"
+    )
+    describe(site, "preset", "[qconvert.methods]\nhqq3 = preset:METHOD\n")
+    forget()
+    planned = plan(Request("demo", "hqq3", {"group_size": 32}))
+    assert planned.container.name == "hqq"
+    assert (planned.method.bits, planned.method.group_size) == (3, 32)
+    with pytest.raises(UsageError, match="hqq3 has no option bits"):
+        plan(Request("demo", "hqq3", {"bits": 4}))
+
+
+def test_what_must_be_given_is_asked_for(site: Path) -> None:
+    describe(site, "qconvert-absmax8", METHODS + FORMATS)
+    needs = "LAYOUT = replace(OTHER.layouts['absmax8'], method='needs_it:make')\n"
+    add(site, "needy", method("needy", layouts=0).replace("=0)", "={'absmax8': LAYOUT})"))
+    module = site / "added_needy.py"
+    module.write_text(module.read_text().replace("METHOD = ", f"{needs}METHOD = "))
+    (site / "needs_it.py").write_text("def make(clip): ...\n")
+    with pytest.raises(UsageError, match="needy needs --clip"):
+        plan(Request("demo", "needy"))
+
+
 # ── what names are taken ─────────────────────────────────────────────────────────────────────
 
 
@@ -286,3 +314,15 @@ def test_every_common_option_is_taken() -> None:
     parameters = (*convert_verbs.WRITING, *convert_verbs.CALIBRATION)
     taken = {name for name, _, _ in parameters} | COMMON.keys() | CALIBRATION.keys()
     assert taken <= registry.COMMON_OPTIONS
+
+
+def test_its_readme_explains_all_that_is_asked_of_a_package() -> None:
+    text = (PLUGIN / "README.md").read_text()
+    asked = {"quantize_torch", *contract._FILES, *contract._KEYS, *contract._VARIANT_KEYS}
+    for info in (registry.MethodInfo, contract.FormatInfo):
+        asked |= {field.name for field in fields(info)}
+    for protocol in (types.Method, types.Container):
+        asked |= {name for name in vars(protocol) if not name.startswith("_")}
+    assert [name for name in sorted(asked - {"calibrated"}) if f"`{name}" not in text] == []
+    for name in re.findall(r"^\| `([\w./]+/[\w.]*)`", text, re.MULTILINE):
+        assert (PLUGIN / name).exists()

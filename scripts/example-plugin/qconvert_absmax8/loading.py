@@ -36,7 +36,7 @@ def load(folder: Path, *, dtype: torch.dtype, device: str) -> tuple[Any, Mapping
         if isinstance(module, nn.Linear) and path not in kept:
             new = Absmax8Linear(module.out_features, module.in_features, module.bias)
             model.set_submodule(path, new)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
         weights |= load_file(file)
     missing, unexpected = model.load_state_dict(weights, strict=False)
