@@ -16,6 +16,7 @@ from qconvert.version import __version__
 
 if TYPE_CHECKING:
     from qconvert.api import (
+        BatchResult,
         Catalogue,
         Examination,
         Finding,
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
         Pushed,
         PushOptions,
         Reproduction,
+        Request,
         Result,
         Validation,
+        batch,
         convert,
         convert_together,
         dequantize,
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BatchResult",
     "Catalogue",
     "Examination",
     "Finding",
@@ -55,9 +59,11 @@ __all__ = [
     "PushOptions",
     "Pushed",
     "Reproduction",
+    "Request",
     "Result",
     "Validation",
     "__version__",
+    "batch",
     "convert",
     "convert_together",
     "dequantize",

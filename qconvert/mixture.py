@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from qconvert import contract
+from qconvert import contract, matrix
 from qconvert.errors import UsageError, printable
 from qconvert.linears import generalize
 from qconvert.types import (
@@ -134,11 +134,11 @@ def quantized(structure: Structure, layers: Iterable[Layer]) -> bool:
 
 
 def loaders(plan: Plan) -> list[JSON]:
-    """Who reads what this plan writes: rows of the format's tensors.json."""
+    """Who reads what this plan writes: "loader", "versions", "status"."""
     layers = [entry.layer for entry in plan.quantized() if entry.layer is not None]
     format_ = contract.load(plan.container.name)
     of_experts = format_.experts if quantized(plan.structure, layers) else {}
-    found: list[JSON] = of_experts.get("loaders", format_.data["loaders"])
+    found: list[JSON] = of_experts.get("loaders") or matrix.of_format(format_.name)
     return found
 
 

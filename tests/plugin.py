@@ -20,7 +20,13 @@ FORMATS = '[qconvert.formats]\nabsmax8 = "qconvert_absmax8:FORMAT"\n'.replace('"
 
 def forget() -> None:
     """Entry points are read once in a process."""
-    for known in (extensions._all, extensions._points, registry.added, contract.added, contract.load):
+    for known in (
+        extensions._all,
+        extensions._points,
+        registry.added,
+        contract.added,
+        contract.load,
+    ):
         known.cache_clear()
 
 

@@ -114,7 +114,7 @@ FUNCTIONS = {
     "bnb": "convert", "plan": "plan", "convert": "convert_together", "dequantize": "dequantize",
     "transcode": "transcode", "inspect": "inspect", "validate": "validate", "verify": "validate",
     "reproduce": "reproduce", "formats": "formats", "doctor": "doctor", "card": "model_card",
-    "push": "push",
+    "push": "push", "batch": "batch",
 }  # fmt: skip
 """Verb → function; a method's verb is `convert` with its name."""
 ELSEWHERE = {
@@ -129,6 +129,7 @@ ELSEWHERE = {
 OTHER_NAMES = {
     "no_validate": "validate", "override": "overrides", "max_shard_size": "max_shard_bytes",
     "level": "levels", "loader": "loaders", "to": "methods", "model": "path", "path": "target",
+    "file": "jobs",
 }  # fmt: skip
 
 

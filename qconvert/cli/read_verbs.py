@@ -157,8 +157,7 @@ def formats(json: opt.Json = False) -> None:
     """List the methods, their options, and which loaders read the result."""
     from qconvert.cli import show_formats
 
-    formats = [contract.load(name) for name in contract.all_names()]
-    show_formats.show(registry.methods(), formats, json)
+    show_formats.show(registry.methods(), contract.all_names(), json)
 
 
 def doctor(json: opt.Json = False) -> None:
