@@ -1,15 +1,12 @@
 #!/usr/bin/env python3
 """Converts a list of models every night, as far as they have changed: an example to copy.
 
-The list names a model and a method on each line, with bits behind a colon where a method has some:
+The list has a model and a method on each line, with bits behind a colon where the method has some:
 
     meta-llama/Llama-3.2-1B  hqq:4
-    meta-llama/Llama-3.2-1B  int8      # what stands behind a number sign is not read
-    /srv/models/ours         nf4
+    /srv/models/ours         nf4      # what stands behind a number sign is not read
 
-and a line of crontab runs it:
-
-    17 2 * * *  nightly.py models.txt /srv/quantized >> /srv/quantized/log.jsonl
+and a line of crontab runs it: 17 2 * * *  nightly.py models.txt /srv/quantized >> log.jsonl
 
 Results go to /srv/quantized/2026-11-22/…, and with `--push ORG` to the Hub as well. A model is left
 out whose newest result is of the same commit (of a folder: the same files). Standard output gets a
@@ -28,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import qconvert
-from qconvert.errors import NotFound, QConvertError, UsageError
+from qconvert.errors import QConvertError, SourceError, UsageError
 
 
 def main() -> int:
@@ -76,15 +73,16 @@ def done(model: str, method: str, asked: argparse.Namespace) -> dict[str, Any]:
     options = {"bits": int(bits)} if bits else {}
     name = "-".join([*model.strip("/").split("/")[-2:], *method.split(":")])
     planned = qconvert.plan(model, verb, **options)  # headers alone, and the commit of today
-    last = newest(name, asked)
-    if last is not None and same_source(last, planned):
-        return {"outcome": "unchanged", "revision": last.revision, "result": last.folder}
+    revision, last = planned.checkpoint.revision, newest(name, asked)
+    source = revision or planned.fingerprint  # of a folder, which has no commits
+    if last is not None and source in (last.revision, last.fingerprint):
+        return {"outcome": "unchanged", "revision": revision, "result": last.folder}
     folder = asked.root / asked.night / name
     folder.parent.mkdir(exist_ok=True)
     result = qconvert.convert(
         model,
         verb,
-        revision=planned.checkpoint.revision,
+        revision=revision,
         output=folder,
         overwrite=True,
         push=qconvert.PushOptions(f"{asked.push}/{name}") if asked.push else False,
@@ -93,10 +91,9 @@ def done(model: str, method: str, asked: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "outcome": "converted",
-        "revision": planned.checkpoint.revision,
+        "revision": revision,
         "result": str(result.folder),
         "verdict": result.verdict,
-        "bytes": result.plan.total_bytes,
         "pushed": result.pushed.url if result.pushed else None,
     }
 
@@ -108,14 +105,8 @@ def newest(name: str, asked: argparse.Namespace) -> qconvert.Inspection | None:
             return qconvert.inspect(f"{asked.push}/{name}")
         nights = sorted(asked.root.glob(f"*/{name}/qconvert-manifest.json"))
         return qconvert.inspect(nights[-1].parent) if nights else None
-    except NotFound:
+    except SourceError:  # there is none, or it is broken
         return None
-
-
-def same_source(last: qconvert.Inspection, planned: qconvert.Plan) -> bool:
-    if planned.checkpoint.revision is not None:
-        return last.revision == planned.checkpoint.revision
-    return last.fingerprint == planned.fingerprint
 
 
 def show(done: int, total: int, what: str) -> None:
