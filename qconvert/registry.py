@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from keyword import iskeyword
 from typing import Any
 
 from qconvert import contract, extensions
@@ -313,8 +314,10 @@ def _check_added(name: str, value: Any) -> None:
         raise Unusable(f"no format {unknown[0]} is installed")
     if not value.layouts or not value.bits:
         raise Unusable(f"it has no {'bits' if value.layouts else 'layouts'}")
+    if not all(isinstance(text, str) for text in (value.summary, *value.options.values())):
+        raise Unusable("summary and help are texts")
     for option in (*value.options, *value.types):
-        if not _OPTION.fullmatch(option) or option in COMMON_OPTIONS:
+        if not _OPTION.fullmatch(option) or iskeyword(option) or option in COMMON_OPTIONS:
             raise Unusable(f"no option can be called {option}")
     for option, kind in value.types.items():
         if option not in value.options or kind not in (int, float, bool, str):

@@ -70,7 +70,7 @@ def told(words: list[str], asked: argparse.Namespace) -> bool:
 def done(model: str, method: str, asked: argparse.Namespace) -> dict[str, Any]:
     """Converts one model unless its newest result is of the same source."""
     verb, _, bits = method.partition(":")
-    options = {"bits": int(bits)} if bits else {}
+    options: dict[str, Any] = {"bits": int(bits)} if bits else {}
     name = "-".join([*model.strip("/").split("/")[-2:], *method.split(":")])
     planned = qconvert.plan(model, verb, **options)  # headers alone, and the commit of today
     revision, last = planned.checkpoint.revision, newest(name, asked)

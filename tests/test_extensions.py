@@ -88,6 +88,8 @@ MISTAKES = {
     ),
     "bare": (method("bare", layouts={}), "it has no layouts"),
     "greedy": (method("greedy", options={"model": "x"}), "no option can be called model"),
+    "keyword": (method("keyword", options={"class": "x"}), "no option can be called class"),
+    "helpless": (method("helpless", options={"clip": 1}), "summary and help are texts"),
     "spaced": (method("spaced", options={"a b": "x"}), "no option can be called a b"),
     "typed": (method("typed", types={"clip": list}).replace("<class 'list'>", "list"), "types: "),
 }
@@ -158,6 +160,7 @@ def test_a_broken_package_costs_one_line_and_nothing_else(tmp_path: Path) -> Non
     describe(site, "torn", "[qconvert.methods]\ntorn = torn_module:METHOD\n")
     describe(site, "qconvert-absmax8", METHODS + FORMATS)
     (site / "torn_module.py").write_text("import a_library_that_is_not_there")
+    add(site, "marked", method("marked", summary="[/bold] [8, 4]", options={"clip": "[/] 1"}))
     path = os.pathsep.join([str(ROOT), str(site), str(PLUGIN)])
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
 
@@ -171,6 +174,8 @@ def test_a_broken_package_costs_one_line_and_nothing_else(tmp_path: Path) -> Non
     done = run("plan", "int8", "demo", "--json")
     assert done.returncode == 0
     assert done.stderr == f"warning: the method torn of torn 0.1 is left out: {problem}\n"
+    assert "[/bold] [8, 4]." in run("--help").stdout
+    assert "[/] 1." in run("marked", "--help").stdout
     shown = run("doctor")
     assert "method torn" in shown.stdout
     assert "method absmax8" in shown.stdout

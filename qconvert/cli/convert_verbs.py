@@ -192,8 +192,9 @@ def register(app: typer.Typer) -> None:
     for method in registry.methods():
         panel = "Convert" if method in registry.METHODS else "Convert, with other packages"
         own = [*_own(method), *(CALIBRATION if method.calibrated else [])]
-        _add(app, method.verb, method.summary, [*own, *_PLANNING, *_POURING], panel=panel)
-        _add(planning, method.verb, method.summary, [*own, *_PLANNING], panel=panel, dry_run=True)
+        summary = _plain(method.summary)
+        _add(app, method.verb, summary, [*own, *_PLANNING, *_POURING], panel=panel)
+        _add(planning, method.verb, summary, [*own, *_PLANNING], panel=panel, dry_run=True)
     for target, more in ((app, _POURING), (planning, [])):
         _add(
             target,
@@ -218,11 +219,16 @@ def _own(method: MethodInfo) -> Parameters:
         flag = "--" + name.replace("_", "-")
         flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
         metavar = None if kind is bool else {int: "N", float: "X"}.get(kind, "NAME")
-        text = f"{help_[:1].upper()}{help_[1:].rstrip('.')}."
+        text = f"{_plain(help_[:1].upper() + help_[1:].rstrip('.'))}."
         option = typer.Option(flags, help=text, metavar=metavar, show_default=False)
         found.append((name, Annotated[kind | None, option], None))
     numbers = any(kind is int for kind in method.types.values())
     return [*found, ("override", _Override, None)] if numbers else found
+
+
+def _plain(text: str) -> str:
+    """Text in which Rich finds no markup."""
+    return text.replace("[", "\\[")
 
 
 def _add(
