@@ -153,7 +153,9 @@ def _summary(batch: Batch) -> str:
         sources = {entry.source for entry in todo if entry.source}
         download = sum(source.download_bytes for source in sources)
         many = "s" if len(sources) > 1 else ""
-        words.append(f"{len(sources)} source{many} of {human_bytes(sum(it.size for it in sources))}")
+        words.append(
+            f"{len(sources)} source{many} of {human_bytes(sum(it.size for it in sources))}"
+        )
         words += [f"{human_bytes(download)} to download"] if download else []
         most = max(task.peak_bytes for task in tasks)
         words.append(f"{batch.at_once} at once, memory ≤ {human_bytes(batch.at_once * most)}")

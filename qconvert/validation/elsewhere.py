@@ -72,7 +72,7 @@ class Elsewhere:
             detail = f"HQQLinear computes in {dtype} after {line}, as the card says"
             self.checks.append(Check("loads as its card documents", True, detail))
 
-    def outputs(self) -> Tensor:
+    def outputs(self, text: Text) -> Tensor:
         if self._seen["raised"]:
             raise Raised(self._seen["raised"])
         return self._outputs
