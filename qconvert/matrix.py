@@ -115,11 +115,11 @@ def of_format(name: str) -> list[JSON]:
     Rows that a loader treats alike are one entry, the others name their row. The format of another
     package says itself who reads it, in its tensors.json.
     """
-    listed: list[JSON] | None = contract.load(name).data.get("loaders")
-    if listed is not None:
-        return listed
     matrix = load()
     rows = [row for row in matrix.rows if row.format == name]
+    if not rows and name in contract.added():
+        listed: list[JSON] = contract.load(name).data["loaders"]
+        return listed
     return [entry for column in matrix.columns for entry in _entries(rows, column)]
 
 
