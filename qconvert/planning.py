@@ -16,7 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qconvert import advice, contract, linears, mixture, modelconfig, safepath, sidefiles
+from qconvert import (
+    advice,
+    contract,
+    extensions,
+    linears,
+    mixture,
+    modelconfig,
+    safepath,
+    sidefiles,
+)
 from qconvert.blocks import Blocks, block_of, find_blocks
 from qconvert.errors import UnsupportedConfig, UsageError
 from qconvert.footprint import SMALL_FILES_BYTES, Calibrating, peak_bytes, working_bytes
@@ -391,5 +400,6 @@ def _fingerprint(plan: Plan) -> str:
         "generated": {k: hashlib.sha256(v).hexdigest() for k, v in plan.generated.items()},
         "copied": dict(plan.copied),
         "qconvert": __version__,
+        **extensions.packages(plan.method, plan.container),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -8,16 +8,19 @@ float32; a loader computes in the dtype of the model, and rounds where its libra
 - hqq: code less zero, and the product with the scale, each in `compute_dtype`;
 - gptq, awq: the product of code less zero and scale in float16, as their reference code does;
 - EETQ: the product of code and scale in float16, as its kernel makes weights;
-- aqlm: the sum of the vectors, and the product with the scale, each in the codebooks' dtype.
+- aqlm: the sum of the vectors, and the product with the scale, each in the codebooks' dtype;
+- a format of another package: what its container decodes, rounded once.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
-from qconvert import arrays, stored
+from qconvert import arrays, contract, stored
 from qconvert.containers import eetq, hqq
 from qconvert.decoding import parts
 from qconvert.decoding.found import Found, announced, largest_first, part
@@ -39,7 +42,17 @@ from qconvert.methods.eetq import EETQ
 from qconvert.methods.hqq import HQQ
 from qconvert.methods.llm_int8 import ONE_127TH, LLMInt8
 from qconvert.source import Reader
-from qconvert.types import JSON, Array, Checkpoint, Encoded, ReadStored, TensorInfo
+from qconvert.tiles import TILE_ELEMENTS
+from qconvert.types import (
+    JSON,
+    Array,
+    Checkpoint,
+    Encoded,
+    Layer,
+    ReadStored,
+    TensorInfo,
+    Tile,
+)
 
 
 def find(checkpoint: Checkpoint, config: JSON) -> Found:
@@ -51,7 +64,7 @@ def find(checkpoint: Checkpoint, config: JSON) -> Found:
     bits = set()
     with known.reader() as reader:
         for name, (layer, method) in known.layers.items():
-            inner = _decoder(_Parts(known, name, reader), announced(checkpoint))
+            inner = _decoder(_Parts(known, name, reader), announced(checkpoint), known)
             how: Encoded = inner
             if layer.transposed:
                 how = Transposed(inner, layer.out_features, layer.in_features)
@@ -88,7 +101,11 @@ class _Parts:
         return found
 
 
-def _decoder(of: _Parts, announced: str) -> Scaled | Additive:
+def _decoder(of: _Parts, announced: str, known: stored.Stored) -> Scaled | Additive | Tiled:
+    if contract.load(known.container.name).added is not None:
+        straight = replace(of.layer, transposed=False, tensor=_straight(of.layer))
+        alone = replace(known, layers={of.layer.name: (straight, of.method)})
+        return Tiled(of.all(), alone, announced)
     match of.method:
         case HQQ():
             return _striped(of) if of.container in ("gptq", "awq") else _hqq(of)
@@ -315,6 +332,52 @@ class Additive:
         store(values, "F32", self.dtype, out)
 
 
+# ── formats of other packages ────────────────────────────────────────────────────────────────
+
+
+def _straight(layer: Layer) -> TensorInfo:
+    """The source tensor of a layer as [out_features, in_features]."""
+    return replace(layer.tensor, shape=(layer.out_features, layer.in_features))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiled:
+    """The weights of one layer as its container decodes them, tile by tile, rounded to `dtype`."""
+
+    parts: tuple[TensorInfo, ...]
+    alone: stored.Stored
+    """A checkpoint of this one layer."""
+    dtype: str
+
+    @property
+    def kept_bytes(self) -> int:
+        return 8 * TILE_ELEMENTS + sum(part.nbytes for part in self.parts[1:])
+
+    def read(
+        self, read_stored: ReadStored, start_element: int, stop_element: int, out: memoryview
+    ) -> None:
+        (name,) = self.alone.layers
+        reader: Any = SimpleNamespace(read=read_stored)
+        layer = stored.LayerReader(self.alone, name, reader)
+        values = np.empty(stop_element - start_element, np.float32)
+        for tile in layer.tiles:
+            at = 0
+            for start, stop in tile.reads:
+                first, last = max(start, start_element), min(stop, stop_element)
+                if first < last:
+                    weights = parts.kept(
+                        (read_stored, self, tile.index), partial(_flat, layer, tile)
+                    )
+                    found = weights[at + first - start : at + last - start]
+                    values[first - start_element : last - start_element] = found
+                at += stop - start
+        store(values, "F32", self.dtype, out)
+
+
+def _flat(layer: stored.LayerReader, tile: Tile) -> Array:
+    return layer.decode(tile).astype(np.float32, copy=False).reshape(-1)
+
+
 # ── transposed sources ───────────────────────────────────────────────────────────────────────
 
 
@@ -326,7 +389,7 @@ class Transposed:
     that will want the next rows.
     """
 
-    inner: Scaled | Additive
+    inner: Scaled | Additive | Tiled
     rows: int
     columns: int
 

@@ -112,6 +112,11 @@ def validate_folder(
         )
     wanted = [level for level in LEVELS if level in asked]
     library = stored.container.name
+    if specs and (added := contract.load(library).added) is not None:
+        raise UsageError(
+            f"--loader {specs[0].text}: {library} is read by {added.package}, as it is installed",
+            hint="leave --loader out",
+        )
     if contract.load(library).no_reload:
         specs = []
     places = [environments.make(spec, library, progress) for spec in specs]

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qconvert import contract, modelconfig
+from qconvert import contract, extensions, modelconfig
 from qconvert.arrays import to_torch, torch_dtype
 from qconvert.decoding import decoded
 from qconvert.errors import ContractViolation
@@ -140,8 +140,13 @@ def _built(
 
 
 def stock(stored: Stored, dtype: Any, device: str) -> Loaded:
-    """`from_pretrained`, as a user calls it."""
+    """`from_pretrained`, as a user calls it, or the loader of a format of another package."""
     library, after = stored.container.name, ""
+    format_ = contract.load(library)
+    if format_.added is not None:
+        model, info = extensions.resolve(format_.loader)(stored.root, dtype=dtype, device=device)
+        name = f"{format_.loader} of {format_.added.package} {format_.added.version}"
+        return Loaded(model, _complaints(info), name)
     if library == "hqq":
         from qconvert.loaders import reads_hqq
 
