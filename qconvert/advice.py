@@ -21,7 +21,11 @@ def on_calibrated(plan: Plan, skip: str | None) -> tuple[str, ...]:
 
 def unlisted_experts(plan: Plan) -> str:
     """A warning where transformers 4 cannot be told which experts stay as they are, or ""."""
-    experts = sum(role.kind is Kind.EXPERT for role in plan.structure.roles.values())
+    roles = plan.structure.roles
+    experts = sum(
+        roles[entry.tensor.name].kind is Kind.EXPERT and entry.layer is None
+        for entry in plan.entries
+    )
     if not experts or expert_names(plan):
         return ""
     return (

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qconvert import mixture
 from qconvert.arrays import torch_dtype
 from qconvert.blocks import find_blocks
 from qconvert.calibration.activations import Activations, ActivationsWriter, writing
@@ -92,10 +93,11 @@ def solve(
     """
     device = devices[0]
     blocks = find_blocks(plan.structure)
+    apart = mixture.modules(plan.structure, plan.quantized())
     dtype = torch.float32 if device == "cpu" else torch_dtype(plan.dtype)
     with (
         deterministic(threads, device),
-        BlockModel(plan.checkpoint, plan.structure, blocks, device, dtype) as model,
+        BlockModel(plan.checkpoint, plan.structure, blocks, device, dtype, apart) as model,
     ):
         works = block_works(plan, model, blocks.count)
         loop = _Loop(plan, ids, settings, Ledger(staging), model, works, devices, on_event)
