@@ -35,7 +35,7 @@ from qconvert.calibration.finetune import FinetuneConfig, finetune_block
 from qconvert.calibration.hessian import Hessian, collect
 from qconvert.calibration.ledger import Ledger
 from qconvert.calibration.model import BlockModel
-from qconvert.calibration.options import Settings, scarcity
+from qconvert.calibration.options import TOKENS_PER_COLUMN, Settings, scarcity
 from qconvert.calibration.report import (
     BlockFigures,
     Figures,
@@ -46,8 +46,10 @@ from qconvert.calibration.report import (
 from qconvert.calibration.solved import (
     BlockWork,
     block_works,
+    damping,
     encoded,
     layer_config,
+    on_experts,
     quantize_block,
 )
 from qconvert.calibration.states import States
@@ -144,7 +146,9 @@ class _Loop:
             figures[work.index] = self._solve_block(work)
         last = None if self.settings.tune == "none" else self._end_to_end()
         self.states.clear()
-        found = Figures(self.plan.method.scheme, tuple(f for f in figures if f), last)
+        blocks = tuple(f for f in figures if f)
+        experts = on_experts(self.plan, [layer for block in blocks for layer in block.layers])
+        found = Figures(self.plan.method.scheme, blocks, last, experts)
         return Calibrated(tuple(self.ledger.files(len(self.works))), found, self.tell.seconds)
 
     # ── one block ────────────────────────────────────────────────────────────────────────────
@@ -211,7 +215,13 @@ class _Loop:
         self.tell.step(path)
         weight = block.get_parameter(f"{path}.weight").detach().to(device, torch.float32)
         matrix = torch.eye(width) if hessian is None else hessian.matrix
-        config = layer_config(entry.method, self.settings.quality, self.settings.seed)
+        tokens = 0 if hessian is None else hessian.tokens
+        config = layer_config(
+            entry.method,
+            self.settings.quality,
+            self.settings.seed,
+            damping=damping(tokens, width),
+        )
         result = quantize_layer(weight, matrix.to(device), config)
         if not math.isfinite(result.error):
             raise NonFinite(
@@ -220,13 +230,20 @@ class _Loop:
                 tensor=entry.tensor.name,
                 hint=f"keep it in full precision with --skip '^{re.escape(name)}$'",
             )
-        tokens = 0 if hessian is None else hessian.tokens
-        few = _UNSEEN if hessian is None else scarcity(tokens, width)
+        few = self._scarcity(tokens, width)
         notes = (*result.notes, few) if few else result.notes
         figures = LayerFigures(name, result.error, tokens, notes)
         tensors = encoded(result, entry, self.plan)
         self.ledger.save_layer(work.index, path, entry.outputs, tensors, figures)
         self.tell.layer(figures, time.monotonic() - started)
+
+    def _scarcity(self, tokens: int, width: int) -> str | None:
+        """Why a layer's Hessian is poor; the same words for all experts that are alike."""
+        few = scarcity(tokens, width)
+        if few is None or tokens == self.settings.tokens:
+            return few
+        enough = TOKENS_PER_COLUMN * width
+        return f"fewer than {enough:,} tokens reached it" if tokens else _UNSEEN
 
     def _finetune(
         self, work: BlockWork, block: nn.Module, inputs: Activations, targets: Activations

@@ -132,12 +132,11 @@ def expert_names(plan: Plan) -> tuple[str, ...]:
 
     () if they are too many for transformers 5, unless that cannot read the checkpoint anyway.
     """
-    experts = {n for n, role in plan.structure.roles.items() if role.kind is Kind.EXPERT}
-    names = tuple(
-        e.tensor.name for e in plan.entries if e.tensor.name in experts and e.layer is None
-    )
-    some = len(names) < len(experts)
-    return names if some or len(names) <= MAX_EXPERT_NAMES else ()
+    experts = [n for n, role in plan.structure.roles.items() if role.kind is Kind.EXPERT]
+    quantized = {entry.tensor.name for entry in plan.quantized()}
+    names = tuple(name for name in experts if name not in quantized)
+    unread = len(names) < len(experts)
+    return names if unread or len(names) <= MAX_EXPERT_NAMES else ()
 
 
 # ── codes and floats ─────────────────────────────────────────────────────────────────────────
