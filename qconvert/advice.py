@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from math import ceil
 
 from qconvert import mixture
-from qconvert.calibration.options import TOKENS_PER_COLUMN
 from qconvert.containers.aqlm import expert_names
 from qconvert.linears import generalize
+from qconvert.methods.aqlm import TOKENS_PER_COLUMN
 from qconvert.types import Kind, Plan, PlanEntry
 
 _SHOWN = 3

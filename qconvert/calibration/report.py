@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from qconvert.calibration.options import TOKENS_PER_COLUMN
+from qconvert.methods.aqlm import TOKENS_PER_COLUMN
 from qconvert.types import JSON
 
 

@@ -35,7 +35,7 @@ from qconvert.calibration.finetune import FinetuneConfig, finetune_block
 from qconvert.calibration.hessian import Hessian, collect
 from qconvert.calibration.ledger import Ledger
 from qconvert.calibration.model import BlockModel
-from qconvert.calibration.options import TOKENS_PER_COLUMN, Settings, scarcity
+from qconvert.calibration.options import Settings, scarcity
 from qconvert.calibration.report import (
     BlockFigures,
     Figures,
@@ -58,6 +58,7 @@ from qconvert.calibration.training import TuningReport
 from qconvert.calibration.tune_kl import KLConfig, tune_kl
 from qconvert.calibration.workers import share_out
 from qconvert.errors import NonFinite, OutOfMemory
+from qconvert.methods.aqlm import TOKENS_PER_COLUMN
 from qconvert.methods.aqlm.layer import quantize_layer
 from qconvert.staging import Staging
 from qconvert.types import Array, Plan

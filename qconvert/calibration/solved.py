@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from qconvert import arrays
 from qconvert.arrays import torch_dtype
 from qconvert.calibration.model import BlockModel
-from qconvert.calibration.options import TOKENS_PER_COLUMN
 from qconvert.calibration.report import ExpertFigures, LayerFigures
-from qconvert.methods.aqlm import AQLM
+from qconvert.methods.aqlm import AQLM, TOKENS_PER_COLUMN
 from qconvert.methods.aqlm.layer import DAMPING, LayerConfig, LayerResult
 from qconvert.methods.aqlm.module import replace_linears, stored
 from qconvert.solution import Solution
