@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qconvert.types import Action, Kind, Plan
 from qconvert.validation.contract import check_contract
 from qconvert.validation.numeric import check_numeric
 from qconvert.validation.reload import check_reload
+from tests.aqlm_cases import plan_aqlm, write_aqlm
 from tests.aqlm_runs import digest, request, source
 
 SKIP = "(k_proj|v_proj|w3|up_proj)$"
@@ -32,7 +34,9 @@ UNREAD = "model.layers.1.block_sparse_moe.experts.3"
 
 
 def asked(model: Path, output: Path, **more: Any) -> Request:
-    return request(model, output, **{"skip": SKIP, "experts": "quantize", **more})
+    return request(
+        model, output, **{"skip": SKIP, "experts": "quantize", "scheme": "1x8g8", **more}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,29 +109,31 @@ def test_the_list_has_no_limit_where_transformers_5_is_out_of_it(
     assert not any("will not load this" in warning for warning in made.warnings)
 
 
-def test_memory_and_time_count_what_an_expert_reads(
+def routed(model: Path, folder: Path, chosen: int) -> Path:
+    """The same checkpoint, which sends a token to `chosen` experts."""
+    shutil.copytree(model, folder)
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": chosen}))
+    return folder
+
+
+def test_memory_and_time_count_the_tokens_that_reach_an_expert(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A Hessian for each input; activations and passes of the tokens that reach an expert."""
-    model = tmp_path / "mixtral"
-    model.symlink_to(models["mixtral"])
-    one = plan(asked(model, tmp_path / "out", skip="k_proj$"))
-    folder = tmp_path / "two" / "mixtral"
-    folder.mkdir(parents=True)
-    for path in models["mixtral"].iterdir():
-        (folder / path.name).symlink_to(path)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 2}))
-    text = {"source": str(models["mixtral"].parent / "tokens.npy")}
-    two = plan(asked(folder, tmp_path / "out", skip="k_proj$", calibration=text))
-    tokens, copies = 8192, 3
-    ends = 4 * (64 + 128) * 3
-    assert two.peak_bytes - one.peak_bytes == copies * 4 * tokens * ends // 4
-    kept = plan(asked(model, tmp_path / "out", skip="k_proj$", experts="keep"))
-    hessians = 4 * 4 * (64**2 + 128**2)
-    assert one.peak_bytes > kept.peak_bytes + hessians
-    assert estimate(two, ("cpu",), 1).layers > 0
+    seqlen, chosen = 65_536, (1, 2, 4)
+    settings = {"nsamples": 256, "seqlen": seqlen, "quality": "fast", "epochs": 4, "tune": "none"}
+    plans = [
+        plan_aqlm(
+            routed(models["mixtral"], tmp_path / str(k), k), calibration=settings,
+            experts="quantize",
+        )
+        for k in chosen
+    ]  # fmt: skip
+    one, two, four = (it.peak_bytes for it in plans)
+    ends = 3 * (64 + 128)  # what an expert's layers read and write
+    assert (two - one, four - two) == (3 * 4 * seqlen * ends, 2 * 3 * 4 * seqlen * ends)
+    passes = [estimate(it, ("cpu",), 1).passes for it in (plans[0], plans[2])]
+    assert passes[0] < passes[1]
 
 
 def test_text_too_short_for_experts_is_warned_of_in_time(
@@ -151,7 +157,7 @@ def test_experts_are_codes_close_to_their_weights(
     sizes = {shard.name: shard.size for shard in result.plan.shards}
     assert {name: (result.folder / name).stat().st_size for name in sizes} == sizes
     stored = open_stored(result.folder)
-    assert check_contract(stored, result.plan).passed
+    assert check_contract(stored, plan=result.plan).passed
     numeric = check_numeric(stored, open_folder(models["mixtral"]))
     assert numeric.passed, numeric
     quantized = {e.layer.name for e in result.plan.quantized() if e.layer}
@@ -241,8 +247,12 @@ def test_cut_among_the_experts_it_ends_with_the_same_bytes(
 
 def test_end_to_end_with_some_experts_kept(models: dict[str, Path], tmp_path: Path) -> None:
     skip = r"(k_proj|v_proj)$|experts\.2|layers\.1\.mlp\.experts\.0\.up_proj"
-    given = asked(models["qwen3-moe"], tmp_path / "out", skip=skip, calibration={"tune": "kl"})
-    result = convert(given)
+    result = convert(
+        asked(
+            models["qwen3-moe"], tmp_path / "out", skip=skip, scheme="1x4g8",
+            calibration={"tune": "kl"},
+        )
+    )  # fmt: skip
     assert result.figures is not None
     assert result.figures.end_to_end is not None
     assert result.figures.end_to_end.after <= result.figures.end_to_end.before
@@ -254,7 +264,23 @@ def test_end_to_end_with_some_experts_kept(models: dict[str, Path], tmp_path: Pa
     kept = [name for name in before if ".experts.2." in name]
     assert len(kept) == 6
     assert all(torch.equal(before[name], after[name]) for name in kept)
-    assert check_contract(open_stored(tmp_path / "out"), result.plan).passed
+    assert check_contract(open_stored(tmp_path / "out"), plan=result.plan).passed
+
+
+def test_the_contract_sees_an_expert_that_transformers_4_is_not_told_of(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    write_aqlm(
+        models["mixtral"], folder, {"scheme": "1x8g8"}, experts="quantize", skip=r"layers\.1\..*w2"
+    )
+    assert check_contract(open_stored(folder)).passed
+    config = json.loads((folder / "config.json").read_text())
+    kept = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    config["quantization_config"]["linear_weights_not_to_quantize"].remove(kept)
+    (folder / "config.json").write_text(json.dumps(config))
+    failed = [it for it in check_contract(open_stored(folder)).checks if not it.passed]
+    assert any(f"{kept} is missing, as some loaders spell it" in it.detail for it in failed)
 
 
 # ── how little text is enough ────────────────────────────────────────────────────────────────
@@ -270,8 +296,15 @@ def test_the_less_text_the_more_is_damped() -> None:
 
 
 def test_the_plan_on_the_screen(models: dict[str, Path], tmp_path: Path) -> None:
-    words = ["plan", "aqlm", str(models["mixtral"]), "--experts", "quantize", "--bits", "2"]
-    words += ["--calibration", str(models["mixtral"].parent / "tokens.npy"), "--device", "cpu"]
+    words = ["plan", "aqlm", str(models["mixtral"]), "--experts", "quantize", "--scheme", "1x4g8"]
+    words += [
+        "--calibration",
+        str(models["mixtral"].parent / "tokens.npy"),
+        "--device",
+        "cpu",
+        "--quality",
+        "fast",
+    ]
     done = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "out")], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     assert (

@@ -24,7 +24,9 @@ from tests.loads.test_transformers_457 import ACTIVATIONS
 
 pytestmark = pytest.mark.slow
 
-METHODS: dict[str, dict[str, Any]] = {"int8": {}, "nf4": {}, "hqq": {"bits": 4}}
+METHODS: dict[str, dict[str, Any]] = {
+    "int8": {}, "nf4": {}, "hqq": {"bits": 4}, "aqlm": {"scheme": "2x6g8"},
+}  # fmt: skip
 CT = {"bits": 4, "container": "compressed-tensors", "zero": "middle"}
 CASES = {
     **{
@@ -39,15 +41,25 @@ CASES = {
         for method in METHODS
     },
     "mixtral-hqq-bfloat16": Case("mixtral", "hqq", {"bits": 4}, experts="quantize"),
-    "mixtral-some": Case("mixtral", "nf4", dtype="float32", experts="quantize",
-                         skip=r"layers\.0\..*experts\.1\.w2|layers\.1\..*experts"),
+    **{
+        f"mixtral-{method}-some": Case(
+            "mixtral", method, METHODS[method], dtype="float32", experts="quantize",
+            skip=r"layers\.0\..*experts\.1\.w2|layers\.1\..*experts",
+        )
+        for method in ("nf4", "aqlm")
+    },
+    "mixtral-aqlm-2x8": Case("mixtral", "aqlm", {"bits": 2}, dtype="float32", experts="quantize"),
+    "qwen3-moe-aqlm-float16": Case("qwen3-moe", "aqlm", METHODS["aqlm"], "float16",
+                                   experts="quantize"),
     **{
         f"{model}-compressed-tensors": Case(model, "hqq", CT, experts="quantize")
         for model in ("mixtral", "qwen3-moe")
     },
 }  # fmt: skip
-CLASSES = {"int8": "Linear8bitLt", "nf4": "Linear4bit", "hqq": "HQQLinear"}
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+CLASSES = {
+    "int8": "Linear8bitLt", "nf4": "Linear4bit", "hqq": "HQQLinear", "aqlm": "QuantizedLinear",
+}  # fmt: skip
+TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
 """In bfloat16 a router may send a token to another expert."""
 BUILDS = """
 import json, sys, torch, transformers
