@@ -143,12 +143,17 @@ def run_child(requests: Sequence[dict[str, Any]], scratch: Path) -> list[dict[st
 
 
 @cache
-def transformers_457() -> Path:
-    """The Python of an environment with transformers 4.57, kept where such environments are."""
+def environment_457() -> environments.Environment:
+    """An environment with transformers 4.57, kept where such environments are."""
     names = ("hqq", "bitsandbytes", "aqlm")
     pins = [f"transformers=={TRANSFORMERS}", *(f"{name}=={version(name)}" for name in names)]
     spec = environments.parse(",".join([*pins, "compressed-tensors==0.17.0"]))
-    return environments.make(spec, "hqq").python
+    return environments.make(spec, "hqq")
+
+
+def transformers_457() -> Path:
+    """Its Python."""
+    return environment_457().python
 
 
 def run_457(

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qconvert.conversion import convert
 from qconvert.mixture import IN_TRANSFORMERS_4
+from qconvert.source import open_folder
+from qconvert.stored import open_stored
 from qconvert.types import Plan
+from qconvert.validation.numeric import check_numeric
+from qconvert.validation.reload import check_reload
+from tests.aqlm_runs import request, source
 from tests.loads.runs import (
     TRANSFORMERS,
     Case,
+    as_published,
     assert_classes,
+    environment_457,
     make_all,
     run_457,
     run_child,
@@ -131,6 +140,21 @@ def test_transformers_457_makes_of_it_the_model_that_we_meant(name: str, loads: 
     assert quantized <= seen["classes"].keys()
     assert seen["finite"]
     assert seen["error"] < (ACTIVATIONS if case.method == "int8" else TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen3-moe"])
+def test_calibrated_experts_are_verified_by_457(model: str, tmp_path: Path) -> None:
+    folder = source(tmp_path, model, "float32")
+    as_published(folder)
+    done = convert(
+        request(folder, tmp_path / "out", scheme="1x8g8", skip="k_proj$", experts="quantize")
+    )
+    stored, original = open_stored(done.folder), open_folder(folder)
+    assert check_numeric(stored, original).passed
+    report = check_reload(stored, original, device="cpu", environment=environment_457())
+    assert report.passed, report
+    assert f"transformers {TRANSFORMERS} " in report.data["loader"]
+    assert report.data["loader_error"] < TOLERANCE["float32"]
 
 
 def test_these_models_have_a_layer_for_each_expert() -> None:
