@@ -16,12 +16,15 @@ from qconvert.version import __version__
 
 if TYPE_CHECKING:
     from qconvert.api import (
+        BatchResult,
         Plan,
         Pushed,
         PushOptions,
         Reproduction,
+        Request,
         Result,
         Validation,
+        batch,
         convert,
         dequantize,
         open_checkpoint,
@@ -33,13 +36,16 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BatchResult",
     "Plan",
     "PushOptions",
     "Pushed",
     "Reproduction",
+    "Request",
     "Result",
     "Validation",
     "__version__",
+    "batch",
     "convert",
     "dequantize",
     "open_checkpoint",

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qconvert import conversion, registry, transcoding
+from qconvert.batching.batch import BatchResult, prepare
+from qconvert.batching.run import Silent, Watch
+from qconvert.batching.spec import BatchFile
 from qconvert.calibration.options import CalibrationOptions
 from qconvert.calibration.report import OnEvent
 from qconvert.decoding import open_source as open_checkpoint
@@ -21,13 +24,14 @@ from qconvert.hub.target import PushOptions
 from qconvert.layout import DEFAULT_SHARD_BYTES
 from qconvert.reproduction import Reproduction, reproduce
 from qconvert.request import Request, Result
+from qconvert.text import parse_bytes
 from qconvert.types import Plan, Progress, dtype_from_torch
 from qconvert.validation.folder import Validation, validate_folder
 
 __all__ = [
-    "Plan", "PushOptions", "Pushed", "Reproduction", "Result", "Validation", "convert",
-    "dequantize", "open_checkpoint", "plan", "push", "reproduce", "transcode",
-    "validate",
+    "BatchResult", "Plan", "PushOptions", "Pushed", "Reproduction", "Request", "Result",
+    "Validation", "batch", "convert", "dequantize", "open_checkpoint", "plan", "push", "reproduce",
+    "transcode", "validate",
 ]  # fmt: skip
 
 
@@ -161,6 +165,28 @@ def transcode(
     asked = Request(str(path), registry.TRANSCODE.verb, options, revision=revision)
     found = transcoding.resolved(asked)
     return convert(path, found.method, **found.options, **more)
+
+
+def batch(
+    jobs: str | Path | BatchFile | Sequence[Request],
+    *,
+    at_once: int | None = None,
+    disk: int | str | None = None,
+    retries: int | None = None,
+    watch: Watch | None = None,
+) -> BatchResult:
+    """Runs many conversions, each in a process that several of one source share.
+
+    `jobs` is a batch file or what `batching.spec.read` made of it, or requests. What is done at
+    its destination is skipped, what was cut goes on; a job that fails stops no other, and its error
+    is its outcome. `at_once`, `disk` (bytes, or "200GB") and `retries` win over the file's
+    settings; `watch` hears of everything that begins, moves and ends.
+
+    Raises InvalidJobs for a file with mistakes, Interrupted, and nothing else. Peak memory: that of
+    the largest job for each of those at once.
+    """
+    limit = parse_bytes(disk) if isinstance(disk, str) else disk
+    return prepare(jobs, at_once=at_once, disk=limit, retries=retries).run(watch or Silent())
 
 
 def validate(

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from qconvert import contract, modelconfig
+from qconvert import contract, matrix, modelconfig
 from qconvert.errors import UsageError, printable
 from qconvert.linears import generalize
 from qconvert.types import (
@@ -157,7 +157,7 @@ def parts_of_text(structure: Structure, config: JSON) -> dict[str, float]:
         ),
         0,
     )
-    return {path: min(1.0, chosen / len(it)) if chosen else 1.0 for path, it in numbers.items()}
+    return {path: min(1.0, chosen / len(it)) if chosen > 0 else 1.0 for path, it in numbers.items()}
 
 
 _CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")
@@ -165,11 +165,11 @@ _CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")
 
 
 def loaders(plan: Plan) -> list[JSON]:
-    """Who reads what this plan writes: rows of the format's tensors.json."""
+    """Who reads what this plan writes: "loader", "versions", "status"."""
     layers = [entry.layer for entry in plan.quantized() if entry.layer is not None]
     format_ = contract.load(plan.container.name)
     of_experts = format_.experts if quantized(plan.structure, layers) else {}
-    found: list[JSON] = of_experts.get("loaders", format_.data["loaders"])
+    found: list[JSON] = of_experts.get("loaders") or matrix.of_format(format_.name)
     return found
 
 

@@ -51,8 +51,12 @@ class Clock:
 
     def lap(self, stage: str) -> None:
         now = time.monotonic()
-        self.laps[stage] = round(now - self._last, 3)
+        self.laps[stage] = round(self.laps.get(stage, 0.0) + now - self._last, 3)
         self._last = now
+
+    def skip(self) -> None:
+        """Counts the time since the last lap to no stage."""
+        self._last = time.monotonic()
 
 
 @dataclass(slots=True)
@@ -95,6 +99,17 @@ def find_target(request: Request, planned: Plan) -> Target | None:
     return target.find(request.push, default_name(request, planned), planned.checkpoint.repository)
 
 
+def finished(request: Request, planned: Plan) -> JSON | None:
+    """The manifest at the destination, if nothing is left to be done there.
+
+    None where the Hub would have to be asked.
+    """
+    if request.push is not None:
+        return None
+    staged = Staging(output_folder(request, planned), planned.fingerprint)
+    return staged.finished(validated=request.validate)
+
+
 def fetched(planned: Plan, progress: Progress | None) -> Plan:
     """The same plan with the source's weights and side files on this disk."""
     return replace(planned, checkpoint=source.localize(planned.checkpoint, progress))
@@ -104,8 +119,10 @@ def earlier(work: Work, progress: Progress | None) -> Result | None:
     """The result, if an earlier run has come to it and was cut before it could say so."""
     if work.request.hub_to_hub and (published := _published(work)):
         return published
-    if work.staged.finish_commit() or (work.target and work.staged.is_finished()):
-        document = manifest.read(work.destination) or {}
+    document = work.staged.finished(validated=work.request.validate)
+    if document is None:
+        return None
+    if work.staged.finish_commit() or work.target or work.request.skip_done:
         return pushed(work, _finished(document, work.planned, work.destination), progress)
     return None
 

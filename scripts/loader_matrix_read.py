@@ -57,7 +57,7 @@ CLAIMS = (
     _no("vLLM", "vllm", "eetq", "never read it", "any"),
     Claim(
         "vLLM", "vllm", "compressed-tensors 4 bits", LOADS,
-        "NVIDIA GPUs from Turing on", f"{_VLLM}/{_WNA16}.py",
+        "NVIDIA GPUs from Turing on, and CPUs", f"{_VLLM}/{_WNA16}.py",
         present=r"class CompressedTensorsWNA16.*return 75",
     ),
     Claim(

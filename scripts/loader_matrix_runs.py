@@ -68,7 +68,11 @@ def attempts(format_: str, column: str) -> tuple[Attempt, ...]:
     """The ways in which a file of that format is tried, the plain one first."""
     in_5 = column == "transformers 5"
     if format_ == "eetq":
-        package = "kernels 0.18.2 to 0.18" if in_5 else "eetq, built from source"
+        package = (
+            "a release of `kernels` that it takes (5.23: 0.18.2 to below 0.19)"
+            if in_5
+            else "eetq, built from source"
+        )
         return (Attempt(f"{EETQ_GPU} and {package}: run with a stand-in for its kernel",
                         child=EETQ_CHILD),)  # fmt: skip
     if format_ == "hqq" and in_5:

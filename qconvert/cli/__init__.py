@@ -19,6 +19,7 @@ import typer
 
 from qconvert import errors
 from qconvert.cli import (
+    batch_verb,
     card_verb,
     convert_verbs,
     hints,
@@ -45,6 +46,7 @@ app = typer.Typer(
 convert_verbs.register(app)
 transcode_verbs.register(app)
 together_verb.register(app)
+batch_verb.register(app)
 read_verbs.register(app)
 card_verb.register(app)
 hub_verbs.register(app)

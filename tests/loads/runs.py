@@ -143,17 +143,16 @@ def run_child(requests: Sequence[dict[str, Any]], scratch: Path) -> list[dict[st
 
 
 @cache
-def environment_457() -> environments.Environment:
-    """An environment with transformers 4.57, kept where such environments are."""
+def transformers_457() -> Path:
+    """The Python of an environment with transformers 4.57, kept where such environments are."""
+    return environments.make(environments.parse(loader_457()), "hqq").python
+
+
+def loader_457() -> str:
+    """What `validate --loader` is given for that environment: with every library, for all tests."""
     names = ("hqq", "bitsandbytes", "aqlm")
     pins = [f"transformers=={TRANSFORMERS}", *(f"{name}=={version(name)}" for name in names)]
-    spec = environments.parse(",".join([*pins, "compressed-tensors==0.17.0"]))
-    return environments.make(spec, "hqq")
-
-
-def transformers_457() -> Path:
-    """Its Python."""
-    return environment_457().python
+    return ",".join([*pins, "compressed-tensors==0.17.0"])
 
 
 def run_457(

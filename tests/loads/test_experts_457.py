@@ -11,18 +11,15 @@ import pytest
 
 from qconvert.conversion import convert
 from qconvert.mixture import IN_TRANSFORMERS_4
-from qconvert.source import open_folder
-from qconvert.stored import open_stored
-from qconvert.types import Plan
-from qconvert.validation.numeric import check_numeric
-from qconvert.validation.reload import check_reload
+from qconvert.types import Plan, Verdict
+from qconvert.validation import validate_folder
 from tests.aqlm_runs import request, source
 from tests.loads.runs import (
     TRANSFORMERS,
     Case,
     as_published,
     assert_classes,
-    environment_457,
+    loader_457,
     make_all,
     run_457,
     run_child,
@@ -146,15 +143,15 @@ def test_transformers_457_makes_of_it_the_model_that_we_meant(name: str, loads: 
 def test_calibrated_experts_are_verified_by_457(model: str, tmp_path: Path) -> None:
     folder = source(tmp_path, model, "float32")
     as_published(folder)
-    done = convert(
-        request(folder, tmp_path / "out", scheme="1x8g8", skip="k_proj$", experts="quantize")
-    )
-    stored, original = open_stored(done.folder), open_folder(folder)
-    assert check_numeric(stored, original).passed
-    report = check_reload(stored, original, device="cpu", environment=environment_457())
-    assert report.passed, report
-    assert f"transformers {TRANSFORMERS} " in report.data["loader"]
-    assert report.data["loader_error"] < TOLERANCE["float32"]
+    asked = request(folder, tmp_path / "out", scheme="1x8g8", skip="k_proj$", experts="quantize")
+    done = convert(asked)
+    found = validate_folder(done.folder, against=folder, loaders=[loader_457()], device="cpu")
+    failed = [check for report in found.reports for check in report.checks if not check.passed]
+    assert failed == []
+    assert found.verdict is Verdict.VERIFIED
+    data = found.reports[2].data
+    assert f"transformers {TRANSFORMERS} " in data["loader"]
+    assert data["loader_error"] < TOLERANCE["float32"]
 
 
 def test_these_models_have_a_layer_for_each_expert() -> None:
