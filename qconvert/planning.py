@@ -204,7 +204,9 @@ def with_calibration(plan: Plan, calibration: JSON, *, threads: int = 1) -> Plan
     disk = plan.total_bytes + SMALL_FILES_BYTES
     if getattr(plan.method, "calibrated", False):
         blocks = find_blocks(plan.structure)
-        need = Calibrating(plan.structure, blocks, calibration, plan.checkpoint.config)
+        config = plan.checkpoint.config
+        parts = mixture.parts_of_text(plan.structure, config)
+        need = Calibrating(plan.structure, blocks, calibration, config, parts)
         disk += working_bytes(plan.entries, need, plan.dtype)
     return replace(
         plan,

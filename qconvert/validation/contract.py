@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from reprlib import repr as shortened
 from typing import Any
 
@@ -137,7 +137,7 @@ def _skip_list(stored: Stored, structure: Structure) -> Iterable[str]:
         elif not covered or missing:
             absent = path if not covered else missing[0]
             yield f"config.json, {key}: {absent} is missing, as some loaders spell it"
-    yield from _experts(structure, quantized, entries, key)
+    yield from _experts(structure, quantized, entries, spellings, key)
     yield from _absent(structure)
 
 
@@ -151,7 +151,11 @@ def _paths(patterns: Iterable[str]) -> list[str]:
 
 
 def _experts(
-    structure: Structure, quantized: Set[str], entries: Set[str], key: str
+    structure: Structure,
+    quantized: Set[str],
+    entries: Set[str],
+    spellings: Sequence[str],
+    key: str,
 ) -> Iterable[str]:
     """Where an expert is quantized, transformers 4 is to load it, which builds all of them."""
     experts = [
@@ -163,8 +167,12 @@ def _experts(
     for name in experts:
         if _covered(name, entries) and name in quantized:
             yield f"config.json, {key}: the expert {name} is listed, and quantized"
-        elif some and name not in quantized and not _covered(name, entries):
-            yield f"config.json, {key}: the expert {name} is neither quantized nor listed"
+        elif some and name not in quantized:
+            spelled = [spelling.format(path=name) for spelling in spellings[1:]]
+            if not _covered(name, entries):
+                yield f"config.json, {key}: the expert {name} is neither quantized nor listed"
+            elif missing := [other for other in spelled if other not in entries]:
+                yield f"config.json, {key}: {missing[0]} is missing, as some loaders spell it"
 
 
 _PATTERN = re.compile(r"(?:[\w^$-]|\\[.-]|\.\*|\.|\((?:\w+\|)*\w+\))*")
