@@ -174,6 +174,9 @@ def convert_together(
                 work.planned = replace(work.planned, checkpoint=checkpoint)
                 work.clock.lap("fetch")
     with ExitStack() as stack:
+        from qconvert.validation.reload import ReloadProcess
+
+        process = stack.enter_context(ReloadProcess())
         for work in works.values():
             stack.enter_context(work.staged.open(restart=work.request.restart))
         failures = stages.pour(list(works.values()), found, threads, progress) if works else []
@@ -185,7 +188,7 @@ def convert_together(
                 continue
             work.clock.skip()  # the others' proofs
             try:
-                result = stages.finish(work, progress)
+                result = stages.finish(work, progress, process)
                 end(index, stages.pushed(work, result, progress))
             except Interrupted:
                 raise

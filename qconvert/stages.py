@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qconvert.hub.push import Pushed
     from qconvert.hub.target import Target
     from qconvert.origins import Quantize
+    from qconvert.validation.reload import ReloadProcess
     from qconvert.validation.streamed import StreamProof
 
 _Outcomes = list[Poured | NonFinite]
@@ -338,12 +339,12 @@ def write_side_files(planned: Plan, tree: Path) -> None:
             staging.write_file(tree / name, (root / name).read_bytes())
 
 
-def finish(work: Work, progress: Progress | None) -> Result:
+def finish(work: Work, progress: Progress | None, process: ReloadProcess | None = None) -> Result:
     """Proves what was poured, seals it, and puts it where the request says."""
     staged, clock = work.staged, work.clock
     write_side_files(work.planned, staged.tree)
     clock.lap("pour")
-    verdict, reports = _prove(work, progress)
+    verdict, reports = _prove(work, process, progress)
     clock.lap("validate")
     repo_id = work.target.repo_id if work.target else None
     files = sealing.seal(
@@ -385,7 +386,9 @@ def pushed(work: Work, result: Result, progress: Progress | None) -> Result:
     return replace(result, pushed=done)
 
 
-def _prove(work: Work, progress: Progress | None) -> tuple[Verdict | None, tuple[Report, ...]]:
+def _prove(
+    work: Work, process: ReloadProcess | None, progress: Progress | None
+) -> tuple[Verdict | None, tuple[Report, ...]]:
     if not work.request.validate:
         return None, ()
     from qconvert import validation
@@ -393,7 +396,7 @@ def _prove(work: Work, progress: Progress | None) -> tuple[Verdict | None, tuple
     branch = (work.sink.repo_id, work.sink.head) if work.sink is not None else None
     proof = validation.validate_plan(
         work.staged.tree, work.planned, branch=branch, numeric=work.numeric,
-        device=work.request.device, progress=progress,
+        process=process, device=work.request.device, progress=progress,
     )  # fmt: skip
     validation.require(proof.reports)
     return proof.verdict, proof.reports

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from qconvert.matrix import BROKEN, LOADS, NEEDS, Seen
+from qconvert import contract
+from qconvert.matrix import BROKEN, LOADS, NEEDS, UNKNOWN, Seen
 from qconvert.stored import Stored, open_stored
 from qconvert.types import JSON
 from qconvert.validation import elsewhere, environments, judge, loaders, measure
@@ -37,6 +38,10 @@ VERSIONS = dict(
 LIBRARIES = ("hqq", "bitsandbytes", "aqlm", "compressed-tensors")
 NEWEST = {"compressed-tensors": "0.20.0"}
 """Of a library that is not installed here."""
+GPTQMODEL = {version("transformers"): "7.6.0"}
+"""That pip installs beside a version of transformers and the running torch, and that works there;
+for earlier ones there are releases that it cannot build."""
+OPTIMUM = "2.3.0"
 TOKENS = 128
 EETQ_CHILD = Path(__file__).with_name("loader_matrix_eetq.py")
 EETQ_GPU = "an NVIDIA GPU of compute capability 7.5 to 8.9"
@@ -48,11 +53,13 @@ class Attempt:
 
     needs: str = ""
     pins: str = ""
-    """Of a companion, in place of that of LIBRARIES."""
+    """Of companions, beside those of LIBRARIES or in their place."""
     ours: bool = False
     to: bool = False
     dtype: Any = None
     child: Path = elsewhere.CHILD
+    without: str = ""
+    """What it would take and is not to be had here: if it fails, nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,10 @@ class Outcome:
     needs: str | None
     reason: str = ""
     versions: str = ""
+    without: str = ""
 
 
-def attempts(format_: str, column: str) -> tuple[Attempt, ...]:
+def attempts(format_: str, column: str, number: str) -> tuple[Attempt, ...]:
     """The ways in which a file of that format is tried, the plain one first."""
     in_5 = column == "transformers 5"
     if format_ == "eetq":
@@ -83,6 +91,13 @@ def attempts(format_: str, column: str) -> tuple[Attempt, ...]:
         return (Attempt(), Attempt("float32 on a CPU", dtype=torch.float32))
     if format_ == "compressed-tensors":
         return (Attempt(), Attempt("compressed-tensors 0.17", pins="compressed-tensors==0.17.0"))
+    if format_ in loaders.GPTQMODEL:
+        plain = Attempt(dtype=torch.bfloat16)  # its kernels for 4 bits compute in no other
+        pins = f"gptqmodel=={GPTQMODEL.get(number)},optimum=={OPTIMUM}"
+        needs = " and ".join(contract.load(format_).libraries)
+        if number not in GPTQMODEL:
+            return (replace(plain, without=needs),)
+        return (plain, replace(plain, needs=needs, pins=pins))
     return (Attempt(),)
 
 
@@ -120,7 +135,11 @@ def _summary(number: str, outcomes: dict[str, Outcome]) -> Seen:
     """One entry of what became of all files."""
     bad = {name: it.reason for name, it in outcomes.items() if it.needs is None}
     needs = {name: it for name, it in outcomes.items() if it.needs}
-    if bad:
+    without = {it.without for it in outcomes.values()}
+    if bad and all(without):
+        [lacking] = without
+        outcome, what = UNKNOWN, f"{lacking} could not be tried beside it"
+    elif bad:
         outcome, what = BROKEN, _by_file(bad, len(outcomes))
     elif needs:
         outcome = NEEDS
@@ -158,7 +177,7 @@ class _Bench:
         """Row → file → what came of it."""
         found: dict[str, dict[str, Outcome]] = {family.name: {} for family in families}
         left = [
-            (family, file, attempts(family.format, column))
+            (family, file, attempts(family.format, column, number))
             for family in families for file in family.files
         ]  # fmt: skip
         while left:
@@ -172,14 +191,16 @@ class _Bench:
                 files = [(family, file, ways[0]) for family, file, ways in batch]
                 seen = self._load(environment, child, files)
                 for (family, file, ways), reason in zip(batch, seen, strict=True):
-                    library = environment.versions.get(family.format)
-                    with_ = [f"{family.format} {library}"] if library else []
+                    libraries = contract.load(family.format).libraries
+                    there = [it for it in libraries if it in environment.versions]
+                    with_ = [f"{it} {environment.versions[it]}" for it in there]
                     before = found[family.name].get(file.name)
                     first = before.reason if before else reason
                     found[family.name][file.name] = Outcome(
                         None if reason else ways[0].needs,
                         first,
                         ", ".join([*with_, f"torch {environment.versions['torch']}", "CPU"]),
+                        ways[0].without if reason else "",
                     )
                     if reason and ways[1:]:
                         left.append((family, file, ways[1:]))
@@ -265,7 +286,7 @@ def _environment(column: str, number: str, pins: str, *, ours: bool) -> Environm
     loader = "hqq" if column == HQQ else "transformers"
     chosen = {"transformers": version("transformers")} | {it: _version(it) for it in LIBRARIES}
     chosen[loader] = number
-    chosen |= dict([pins.split("==")]) if pins else {}
+    chosen |= dict(pin.split("==") for pin in pins.split(",") if pin)
     names = [loader, *(name for name in chosen if name != loader)]
     text = ",".join([*(f"{name}=={chosen[name]}" for name in names), *([OURS] if ours else [])])
     return environments.make(environments.parse(text), "hqq", _tell)

@@ -426,6 +426,7 @@ def test_doctor_names_what_is_missing_and_the_command_that_installs_it(
     from importlib import metadata
 
     from qconvert.cli import show_doctor
+    from qconvert.examination import examine
 
     needed = [
         "numpy>=1.26",
@@ -434,16 +435,16 @@ def test_doctor_names_what_is_missing_and_the_command_that_installs_it(
         "another-one>=1; extra == 'dev'",
     ]
     monkeypatch.setattr(metadata, "requires", lambda _: needed)
-    report = show_doctor.examine()
-    assert {name: row["ok"] for name, row in report["libraries"].items()} == {
+    found = examine()
+    assert {library.name: library.ok for library in found.libraries} == {
         "numpy": True,
         "typer": False,
         "a-library-that-is-not-there": False,
     }
-    command = shlex.split(report["fix"])
+    command = shlex.split(found.fix)
     assert command[1:4] == ["-m", "pip", "install"]
     assert command[4:] == ["typer>=999", "a-library-that-is-not-there[cpu]>=1.2"]
     show_doctor.show(json=False)
     shown = capsys.readouterr().out
     assert "missing or too old" in shown
-    assert report["fix"] in shown, "the command must not be wrapped"
+    assert found.fix in shown, "the command must not be wrapped"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +26,7 @@ from qconvert.stored import open_stored
 from qconvert.types import Verdict
 from qconvert.validation import require, validate_folder
 from tests.decoding.reading import fp8_blocks, replace_weights, same, weights, with_quantization
-from tests.fault.test_kill import digest, run_forked
+from tests.fault.test_kill import killed_and_resumed
 from tests.loads.runs import transformers_457
 from tests.models import tiny
 
@@ -40,6 +37,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "hqq-3-axis-0": ("hqq", {"bits": 3, "axis": 0}),
     "eetq": ("eetq", {}),
     "compressed-tensors": ("hqq", {"bits": 4, "container": "compressed-tensors"}),
+    "gptq": ("hqq", {"bits": 8, "container": "gptq"}),
+    "awq": ("hqq", {"bits": 4, "container": "awq"}),
 }
 
 
@@ -86,7 +85,7 @@ def test_every_tensor_is_what_its_loader_decodes(
     for tensor, value in expected.items():
         assert same(found[tensor], value), tensor
     config = json.loads((folder / "config.json").read_text())
-    dtype = "float16" if name == "eetq" else "bfloat16"
+    dtype = "float16" if name in ("eetq", "gptq", "awq") else "bfloat16"
     assert {str(value.dtype) for value in found.values()} == {f"torch.{dtype}"}
     ours = json.loads((source / "config.json").read_text()) | {"dtype": dtype, "torch_dtype": dtype}
     assert config == ours, "config.json is that of a model that was never quantized"
@@ -232,19 +231,7 @@ def test_killed_it_goes_on_to_the_same_bytes(
             max_shard_bytes=60_000, threads=2, device="cpu", validate=False,
         )  # fmt: skip
 
-    convert(request("whole"))
-    expected = digest(tmp_path / "whole")
-    status, calls = run_forked(request("counted"))
-    assert status == 0
-    killed = 0
-    for at in random.Random(0).sample(range(1, calls), 4):
-        status, _ = run_forked(request("cut"), at, "torn")
-        killed += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        status, _ = run_forked(request("cut"))
-        assert status == 0
-        assert digest(tmp_path / "cut") == expected
-        shutil.rmtree(tmp_path / "cut")
-    assert killed >= 2
+    assert killed_and_resumed(request, tmp_path, 4) >= 2
 
 
 @pytest.mark.slow

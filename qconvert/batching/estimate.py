@@ -18,6 +18,8 @@ from qconvert.tiles import tiles_of
 from qconvert.types import Plan, PlanEntry
 
 _HASHED_BYTES = 1 << 24
+_START_SECONDS = 2.0
+"""Until a process has imported what it needs."""
 _RELOAD_SECONDS = 15.0
 """Until a child has imported torch and transformers and has read the text with a small model."""
 _PROVING = 2.0
@@ -45,7 +47,7 @@ class Estimate:
         moved = sum(entry.tensor.nbytes + entry.nbytes for entry in plan.entries)
         passing = self._seconds_of_hashing() * moved
         proving = _PROVING * passing + _RELOAD_SECONDS if validate else 0.0
-        return work / (1 if calibrated else self._threads) + passing + proving
+        return _START_SECONDS + work / (1 if calibrated else self._threads) + passing + proving
 
     def _seconds_of(self, plan: Plan, entry: PlanEntry) -> float:
         key = (entry.method, plan.container.name, entry.tensor.dtype)

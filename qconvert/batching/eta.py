@@ -33,6 +33,7 @@ class Clock:
         working = [
             max(0.0, scale * sum(self._seconds[job] for job in it.task.jobs) - (now - it.since))
             for it in state.running
+            if not all(job in state.outcomes for job in it.task.jobs)
         ]
         return max([(sum(working) + waiting) / self._at_once, *working])
 

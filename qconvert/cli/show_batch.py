@@ -143,17 +143,20 @@ def _summary(batch: Batch) -> str:
     """What the batch as a whole will take."""
     todo = [entry for entry in batch.entries if entry.is_open]
     tasks = batch.tasks()
-    words = [f"[bold]{len(batch.entries)} jobs[/]"]
-    for count, what in (
+    count = len(batch.entries)
+    words = [f"[bold]{count} job{'s' if count > 1 else ''}[/]"]
+    for some, what in (
         (sum(entry.is_done for entry in batch.entries), "done already"),
         (sum(entry.problem is not None for entry in batch.entries), "that cannot be done"),
     ):
-        words += [f"{count} {what}"] if count else []
+        words += [f"{some} {what}"] if some else []
     if todo:
         sources = {entry.source for entry in todo if entry.source}
         download = sum(source.download_bytes for source in sources)
         many = "s" if len(sources) > 1 else ""
-        words.append(f"{len(sources)} source{many} of {human_bytes(sum(it.size for it in sources))}")
+        words.append(
+            f"{len(sources)} source{many} of {human_bytes(sum(it.size for it in sources))}"
+        )
         words += [f"{human_bytes(download)} to download"] if download else []
         most = max(task.peak_bytes for task in tasks)
         words.append(f"{batch.at_once} at once, memory ≤ {human_bytes(batch.at_once * most)}")

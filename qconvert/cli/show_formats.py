@@ -9,9 +9,9 @@ from itertools import groupby
 from rich.console import Console
 from rich.markup import escape
 
-from qconvert import matrix
+from qconvert import contract, matrix
 from qconvert.cli.convert_verbs import CALIBRATION
-from qconvert.cli.loaders import installed, readable
+from qconvert.cli.loaders import installed, print_loaders, readable
 from qconvert.cli.show import console, print_json, table
 from qconvert.matrix import Cell, Matrix
 from qconvert.registry import MethodInfo
@@ -35,6 +35,9 @@ def show(methods: Sequence[MethodInfo], formats: Sequence[str], json: bool) -> N
     out.print(rows)
     out.print("Every method converts on any CPU. Who reads the result (transformers by version):")
     _print_matrix(out, matrix.load())
+    for name in formats:
+        if contract.load(name).added is not None:
+            print_loaders(out, name, matrix.of_format(name))
 
 
 def _print_matrix(out: Console, of: Matrix) -> None:

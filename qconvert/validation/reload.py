@@ -21,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +31,7 @@ from qconvert.stored import Stored
 from qconvert.text import human_bytes
 from qconvert.types import JSON, Check, Checkpoint, Progress, Report
 from qconvert.validation import isolation, truncate
-from qconvert.validation.environments import Environment
+from qconvert.validation.environments import Environment, version_here
 from qconvert.validation.reports import RELOAD
 
 HELD_OUT = Path(__file__).parent.parent / "demo" / "heldout.txt"
@@ -42,6 +42,8 @@ WHOLE_BYTES = 2_000_000_000
 """Of weights on the Hub, source and result together: what is fetched whole to be reloaded."""
 
 _STDERR_LINES = 12
+_PATIENCE = 5.0
+"""Seconds in which a child that closed its pipes has to be dead."""
 
 
 def check_reload(
@@ -54,6 +56,7 @@ def check_reload(
     max_tokens: int = MAX_TOKENS,
     timeout: float = TIMEOUT,
     environment: Environment | None = None,
+    process: ReloadProcess | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Loads a quantized checkpoint with its stock loader, in a child process, and measures it.
@@ -63,6 +66,7 @@ def check_reload(
     (a GPU where there is one), "cpu", "cuda" or "cuda:1". `text` is what perplexity is taken on,
     the demo's held-out text by default; at most `max_tokens` of it. `timeout` is in seconds.
     `environment` is where the loader is, if it is another than the one that is installed here.
+    `process` is the child, where several results of a source are to have the same one.
 
     Report.data: loader, device, device_name, dtype, tokens, loaded_bytes (of the stock loader's
     model, on CUDA with peak_bytes while it ran), loader_error, and against the source perplexity,
@@ -72,7 +76,8 @@ def check_reload(
     raises for what the files or the loader do: that is in the report. Raises the errors of reading
     where one of the two is on the Hub.
     """
-    if refusal := contract.load(stored.container.name).no_reload:
+    format_ = contract.load(stored.container.name)
+    if refusal := format_.no_reload or ("" if environment else _absent(format_.libraries)):
         return Report(RELOAD, [], skipped=refusal)
     device, variables = _alone(device)
     request: JSON = {
@@ -83,17 +88,18 @@ def check_reload(
         "parent": os.getpid(),
         "environment": environment and environment.to_json(),
     }
+    if stored.container.name == "aqlm":
+        variables |= isolation.SERIAL
     blocks, why = _extent(stored, source)
-    with tempfile.TemporaryDirectory(prefix="qconvert-reload-") as temporary:
-        scratch = Path(temporary)
+    with ExitStack() as stack:
+        process = process or stack.enter_context(ReloadProcess())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qconvert-reload-")))
         try:
-            request["folder"] = _place(stored, scratch / "quantized", blocks, progress)
-            request["source"] = source and _place(source, scratch / "source", blocks, progress)
+            request["folder"] = _place(stored, folder / "quantized", blocks, progress)
+            request["source"] = source and process.place(source, blocks, progress)
         except ValueError as reason:
             return Report(RELOAD, [], skipped=f"{why}, and {reason}")
-        if stored.container.name == "aqlm":
-            variables |= isolation.SERIAL
-        report = _run(request, variables, scratch, timeout, progress)
+        report = process.reload(request, variables, timeout, progress)
     if blocks is not None and not report.skipped:
         report.data["truncated"] = f"first {blocks} blocks: {why}"
         for figure in ("loaded_bytes", "peak_bytes"):
@@ -101,6 +107,17 @@ def check_reload(
     if environment is not None:
         report.data["requirement"] = environment.spec.text
     return report
+
+
+def _absent(libraries: Sequence[str]) -> str:
+    """That a loader's libraries are not installed, or ""."""
+    absent = [name for name in libraries if not version_here(name)]
+    if not absent:
+        return ""
+    return (
+        f"transformers reads it with {' and '.join(absent)}, not installed here (--loader "
+        f"transformers=={version_here('transformers')} runs it)"
+    )
 
 
 def _alone(device: str) -> tuple[str, dict[str, str]]:
@@ -134,23 +151,47 @@ def _place(
     return str(truncate.cut(given, target, blocks, progress))
 
 
-def _run(
-    request: JSON,
-    variables: Mapping[str, str],
-    scratch: Path,
-    timeout: float,
-    progress: Progress | None,
-) -> Report:
-    home = scratch / "home"
-    home.mkdir()
-    with (scratch / "stderr").open("w+b") as stderr:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "qconvert.validation.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            env={**isolation.environment(home), **variables},
-        )
+class ReloadProcess:
+    """The child; it is started when it is first needed, and again when it has died.
+
+    For as long as it lives it keeps what the last source said, and its folder that part of it which
+    was loaded.
+    """
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._scratch: Path | None = None
+        self._placed: dict[tuple[Path, int | None], str] = {}
+        self._child: subprocess.Popen[bytes] | None = None
+        self._variables: Mapping[str, str] = {}
+
+    def __enter__(self) -> ReloadProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        self._stack.close()
+
+    def place(self, source: Checkpoint, blocks: int | None, progress: Progress | None) -> str:
+        """A folder with the source, or its first blocks. Raises ValueError as `truncate.cut`."""
+        key = (source.root, blocks)
+        if key not in self._placed:
+            target = self._folder() / f"source-{len(self._placed)}"
+            self._placed[key] = _place(source, target, blocks, progress)
+        return self._placed[key]
+
+    def reload(
+        self,
+        request: JSON,
+        variables: Mapping[str, str],
+        timeout: float,
+        progress: Progress | None,
+    ) -> Report:
+        """What the child finds out about one folder, or how it died of that."""
+        reused = self._child is not None
+        child = self._started(variables)
+        stderr = self._folder() / "stderr"
+        said_before = stderr.stat().st_size
         overdue = threading.Event()
 
         def give_up() -> None:
@@ -163,31 +204,74 @@ def _run(
             assert child.stdin is not None
             assert child.stdout is not None
             with suppress(BrokenPipeError):  # it is dead already; its exit code says how
-                child.stdin.write(json.dumps(request).encode())
-                child.stdin.close()
+                child.stdin.write(json.dumps(request).encode() + b"\n")
+                child.stdin.flush()
             result = _listen(child.stdout, progress)
-            code = child.wait()
-        finally:  # also when a signal handler raised in here
+        except BaseException:  # of a signal handler
+            self._stop()
+            raise
+        finally:
             timer.cancel()
-            child.kill()
-            child.wait()
-        if result is not None and code == 0:
+        if result is not None:
             checks = [Check(**check) for check in result["checks"]]
             return Report(RELOAD, checks, result["data"], result["skipped"])
+        code = self._stop(died=True)
+        if reused and not overdue.is_set():  # it may be another folder's doing
+            return self.reload(request, variables, timeout, progress)
         why = f"no answer after {timeout:.0f} s" if overdue.is_set() else _cause(code)
-        return Report(RELOAD, [Check("the reload process ends well", False, why + _tail(stderr))])
+        tail = _tail(stderr, said_before)
+        return Report(RELOAD, [Check("the reload process ends well", False, why + tail)])
+
+    def _folder(self) -> Path:
+        if self._scratch is None:
+            made = tempfile.TemporaryDirectory(prefix="qconvert-reload-")
+            self._scratch = Path(self._stack.enter_context(made))
+        return self._scratch
+
+    def _started(self, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        if self._child is not None and self._variables == variables:
+            return self._child
+        self._stop()
+        home = self._folder() / "home"
+        home.mkdir(exist_ok=True)
+        with (self._folder() / "stderr").open("ab") as stderr:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "qconvert.validation.child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env={**isolation.environment(home), **variables},
+            )
+        self._variables = variables
+        return self._child
+
+    def _stop(self, *, died: bool = False) -> int:
+        """Ends the child, which has nothing to lose; returns how it ended."""
+        child, self._child = self._child, None
+        if child is None:
+            return 0
+        if died:
+            with suppress(subprocess.TimeoutExpired):  # its pipe closes before it is dead
+                child.wait(_PATIENCE)
+        child.kill()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+        return child.wait()
 
 
 def _listen(stream: IO[bytes], progress: Progress | None) -> JSON | None:
-    """Passes on the child's progress lines; returns its result, the last line."""
-    result = None
+    """Passes on the child's progress lines; returns its result, None if it dies before."""
     for line in stream:
-        message: Any = json.loads(line)
-        if "result" in message:
-            result = message["result"]
-        elif progress is not None:
-            progress(message["step"], message["steps"], f"reload: {message['what']}")
-    return result
+        with suppress(ValueError):  # torn, by its death
+            message: Any = json.loads(line)
+            if "result" in message:
+                found: JSON = message["result"]
+                return found
+            if progress is not None:
+                progress(message["step"], message["steps"], f"reload: {message['what']}")
+    return None
 
 
 def _cause(code: int) -> str:
@@ -196,8 +280,8 @@ def _cause(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _tail(stderr: IO[bytes]) -> str:
-    stderr.seek(0)
-    lines = stderr.read().decode("utf-8", "replace").splitlines()
+def _tail(stderr: Path, start: int) -> str:
+    """The last lines that were written behind `start`."""
+    lines = stderr.read_bytes()[start:].decode("utf-8", "replace").splitlines()
     kept = [line for line in lines if line.strip()][-_STDERR_LINES:]
     return "".join(f"\n  {line}" for line in kept)

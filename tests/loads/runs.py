@@ -59,7 +59,7 @@ def make_all(cases: dict[str, Case], root: Path) -> dict[str, tuple[Path, Plan]]
         if case.method == "aqlm":  # loaders do not care how codes were chosen
             plan = write_aqlm(
                 source, root / name, case.options,
-                skip=case.skip, max_shard_bytes=case.max_shard_bytes,
+                skip=case.skip, max_shard_bytes=case.max_shard_bytes, experts=case.experts,
             )  # fmt: skip
             made[name] = (root / name, plan)
             continue

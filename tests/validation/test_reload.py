@@ -268,7 +268,7 @@ def test_the_child_does_not_outlive_its_parent(by: signal.Signals, results: Fold
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     child = next(children(parent.pid, "qconvert.validation.child"))
     parent.send_signal(by)
-    parent.wait(timeout=20)
+    parent.wait(timeout=60)
     deadline = time.monotonic() + 20
     while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
