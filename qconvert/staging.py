@@ -148,9 +148,13 @@ class Staging:
 
     @property
     def held_bytes(self) -> int:
-        """Disk blocks that the leftovers of an earlier run take."""
-        files = (path for path in self.root.rglob("*") if path.is_file())
-        return sum(path.stat().st_blocks * 512 for path in files)
+        """Disk blocks that the leftovers of an earlier run take, and what others are pouring."""
+        held = 0
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # it has just got its final name
+                    held += os.lstat(os.path.join(folder, name)).st_blocks * 512
+        return held
 
     def open(self, *, restart: bool = False) -> Staging:
         """Takes the lock and finds out what an earlier run left, its parts included.

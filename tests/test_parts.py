@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from qconvert import parts
 from qconvert.conversion import Request, convert
 from qconvert.errors import Interrupted, Locked, StaleStaging, UsageError
 from qconvert.validation.comparison import Errors
-from tests.fault.test_kill import digest
+from tests.fault.test_kill import digest, run_forked
 from tests.models import tiny
 
 OF = 3
@@ -112,6 +113,26 @@ def test_a_conversion_that_was_cut_goes_on_in_parts(
         parts.pour_part(asked, part, 2)
     convert(asked)
     assert digest(tmp_path / "out") == expected
+
+
+def test_killed_while_it_takes_over_what_parts_have_made(
+    source: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    asked = request(source, tmp_path / "out")
+    poured = tmp_path / ".out.qconvert-staging"
+    for part in range(2):
+        parts.pour_part(asked, part, 2)
+    shutil.copytree(poured, tmp_path / "kept")
+    _, calls = run_forked(asked)
+    assert calls > 40
+    for point in range(1, 40, 3):
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(tmp_path / "kept", poured)
+        status, _ = run_forked(asked, point, ("before", "after", "torn")[point % 3])
+        assert os.WIFSIGNALED(status) or point % 3 == 2, "a torn write needs a write"
+        if not (tmp_path / "out").exists():
+            convert(asked)
+        assert digest(tmp_path / "out") == expected
 
 
 def test_a_part_at_work_keeps_others_out(source: Path, tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ class RayTasks:
             if task.parts > 1:
                 self._pour_parts(task, order, options)
             why = self._call(order, options, lambda said: self.events.put((task, said)))
+        except OSError as error:  # of the folder for the result
+            why = str(error)
         finally:
             self.events.put((task, {"end": why}))
 
