@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,47 @@ def test_parts_gather_on_a_branch(served: Hub, tmp_path: Path, model: Path) -> N
     assert gathered == set(weights(expected))
     for name in gathered:
         assert repo.read(name) == (expected / name).read_bytes()
+
+
+RIVALS = """
+import hashlib, json, sys
+from pathlib import Path
+from qconvert import conversion, stages
+from qconvert.batching import wire
+from qconvert.errors import RevisionMoved
+from qconvert.hub.branch import BranchSink
+from qconvert.leftovers import Sealed
+
+request = wire.request_from(json.load(sys.stdin))
+plan = conversion.plan(request)
+target = stages.find_target(request, plan)
+
+def take(sink, shard):
+    path = Path(sys.argv[1]) / shard.name
+    sink.take(shard, path, Sealed(shard.size, hashlib.sha256(path.read_bytes()).hexdigest()))
+
+one, two, alone = (BranchSink(target, plan, shared=shared) for shared in (True, True, False))
+take(one, plan.shards[0])
+take(two, plan.shards[1])
+take(one, plan.shards[2])
+try:
+    take(alone, plan.shards[3])
+except RevisionMoved:
+    print("moved", len(BranchSink(target, plan).done), len(plan.shards))
+"""
+
+
+def test_a_part_builds_on_what_others_commit_and_a_conversion_alone_does_not(
+    served: Hub, tmp_path: Path, model: Path
+) -> None:
+    request = Request(
+        "org/model", "hqq", {"bits": 4}, max_shard_bytes=34_000, threads=1, stream=True,
+        validate=False, push=PushOptions(repo_id="alice/pushed", unverified=True),
+    )  # fmt: skip
+    made = tmp_path / "made"
+    convert(replace(request, model=str(model), output=made, stream=False, push=None))
+    done = subprocess.run(
+        [sys.executable, "-c", RIVALS, str(made)], env=served.env(tmp_path / "hf", TOKEN),
+        input=json.dumps(wire.request_json(request)), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.split() == ["moved", "3", "4"], done.stderr
