@@ -182,6 +182,7 @@ def convert_together(
                 end(index, stages.give_up(work, failure))
                 continue
             try:
+                work.clock.skip()
                 result = stages.finish(work, progress)
                 end(index, stages.pushed(work, result, progress))
             except Interrupted:

@@ -51,8 +51,12 @@ class Clock:
 
     def lap(self, stage: str) -> None:
         now = time.monotonic()
-        self.laps[stage] = round(now - self._last, 3)
+        self.laps[stage] = round(self.laps.get(stage, 0.0) + now - self._last, 3)
         self._last = now
+
+    def skip(self) -> None:
+        """What has passed since the last lap was others' work."""
+        self._last = time.monotonic()
 
 
 @dataclass(slots=True)
@@ -198,6 +202,7 @@ def pour(
         failures.append(outcome if isinstance(outcome, NonFinite) else None)
         if isinstance(outcome, Poured):
             work.poured = outcome
+            work.clock.lap("pour")
             work.numeric = _report(proof, outcome, sha256) if proof else None
     return failures
 
@@ -286,7 +291,7 @@ def finish(work: Work, progress: Progress | None) -> Result:
     repo_id = work.target.repo_id if work.target else None
     files = sealing.seal(
         work.request, work.planned, staged.tree, work.poured.sealed, verdict, reports,
-        work.solved, clock.laps, repo_id,
+        work.solved, {"seconds": clock.laps, **work.poured.company}, repo_id,
     )  # fmt: skip
     done: Pushed | None = None
     if work.sink is not None:

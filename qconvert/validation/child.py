@@ -9,13 +9,9 @@ what libraries print goes to stderr, so that stdout carries nothing but progress
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from qconvert.validation import isolation
 
@@ -23,18 +19,8 @@ STEPS = ("libraries", "headers", "own dequantization", "stock loader", "source m
 
 
 def main() -> None:
-    request: dict[str, Any] = json.loads(sys.stdin.buffer.read())
-    isolation.die_with_parent(request["parent"])
-    network = isolation.cut_network()
-    if request["device"] == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bitsandbytes prefers a GPU that it can see
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
+    request, network, say = isolation.enter()
     step = 0
-
-    def say(message: dict[str, Any]) -> None:
-        print(json.dumps(message), file=channel, flush=True)
 
     def tell(what: str) -> None:
         nonlocal step

@@ -12,11 +12,13 @@ report says which of the two it was.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import site
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,26 @@ def environment(home: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "PYTHONUSERBASE": site.getuserbase(),
     }
+
+
+def enter() -> tuple[dict[str, Any], str, Callable[[dict[str, Any]], None]]:
+    """The first thing a child does: reads its request, and gives up what it may not have.
+
+    Returns the request, by which means the network is cut, and what says something to the parent:
+    whatever libraries print goes to stderr from now on.
+    """
+    request: dict[str, Any] = json.loads(sys.stdin.buffer.read())
+    die_with_parent(request["parent"])
+    network = cut_network()
+    if request["device"] == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bitsandbytes prefers a GPU that it can see
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=channel, flush=True)
+
+    return request, network, say
 
 
 def cut_network() -> str:

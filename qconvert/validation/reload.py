@@ -14,23 +14,15 @@ be fetched lies in a temporary one before it starts.
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
 
 from qconvert import contract
 from qconvert.stored import Stored
 from qconvert.text import human_bytes
 from qconvert.types import JSON, Check, Checkpoint, Progress, Report
-from qconvert.validation import isolation, truncate
+from qconvert.validation import isolation, process, truncate
 from qconvert.validation.environments import Environment
 from qconvert.validation.reports import RELOAD
 
@@ -40,8 +32,6 @@ TIMEOUT = 1800.0
 """Seconds; a model that is reloaded whole takes seconds to minutes."""
 WHOLE_BYTES = 2_000_000_000
 """Of weights on the Hub, source and result together: what is fetched whole to be reloaded."""
-
-_STDERR_LINES = 12
 
 
 def check_reload(
@@ -74,13 +64,12 @@ def check_reload(
     """
     if refusal := contract.load(stored.container.name).no_reload:
         return Report(RELOAD, [], skipped=refusal)
-    device, variables = _alone(device)
+    device, variables = process.alone(device)
     request: JSON = {
         "device": device,
         "text": str(text or HELD_OUT),
         "seed": seed,
         "max_tokens": max_tokens,
-        "parent": os.getpid(),
         "environment": environment and environment.to_json(),
     }
     blocks, why = _extent(stored, source)
@@ -101,16 +90,6 @@ def check_reload(
     if environment is not None:
         report.data["requirement"] = environment.spec.text
     return report
-
-
-def _alone(device: str) -> tuple[str, dict[str, str]]:
-    """The device as the child calls it, and the variables by which it sees no other GPU."""
-    kind, _, index = device.partition(":")
-    if not index:
-        return device, {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    name = visible.split(",")[int(index)] if visible else index
-    return kind, {"CUDA_VISIBLE_DEVICES": name}
 
 
 def _extent(stored: Stored, source: Checkpoint | None) -> tuple[int | None, str]:
@@ -141,63 +120,10 @@ def _run(
     timeout: float,
     progress: Progress | None,
 ) -> Report:
-    home = scratch / "home"
-    home.mkdir()
-    with (scratch / "stderr").open("w+b") as stderr:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "qconvert.validation.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            env={**isolation.environment(home), **variables},
-        )
-        overdue = threading.Event()
-
-        def give_up() -> None:
-            overdue.set()
-            child.kill()
-
-        timer = threading.Timer(timeout, give_up)
-        try:
-            timer.start()
-            assert child.stdin is not None
-            assert child.stdout is not None
-            with suppress(BrokenPipeError):  # it is dead already; its exit code says how
-                child.stdin.write(json.dumps(request).encode())
-                child.stdin.close()
-            result = _listen(child.stdout, progress)
-            code = child.wait()
-        finally:  # also when a signal handler raised in here
-            timer.cancel()
-            child.kill()
-            child.wait()
-        if result is not None and code == 0:
-            checks = [Check(**check) for check in result["checks"]]
-            return Report(RELOAD, checks, result["data"], result["skipped"])
-        why = f"no answer after {timeout:.0f} s" if overdue.is_set() else _cause(code)
-        return Report(RELOAD, [Check("the reload process ends well", False, why + _tail(stderr))])
-
-
-def _listen(stream: IO[bytes], progress: Progress | None) -> JSON | None:
-    """Passes on the child's progress lines; returns its result, the last line."""
-    result = None
-    for line in stream:
-        message: Any = json.loads(line)
-        if "result" in message:
-            result = message["result"]
-        elif progress is not None:
-            progress(message["step"], message["steps"], f"reload: {message['what']}")
-    return result
-
-
-def _cause(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "killed: out of memory?"
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _tail(stderr: IO[bytes]) -> str:
-    stderr.seek(0)
-    lines = stderr.read().decode("utf-8", "replace").splitlines()
-    kept = [line for line in lines if line.strip()][-_STDERR_LINES:]
-    return "".join(f"\n  {line}" for line in kept)
+    ended = process.run(
+        "qconvert.validation.child", request, variables, scratch, timeout, progress, "reload"
+    )
+    if ended.result is None:
+        return Report(RELOAD, [Check("the reload process ends well", False, ended.why)])
+    checks = [Check(**check) for check in ended.result["checks"]]
+    return Report(RELOAD, checks, ended.result["data"], ended.result["skipped"])
