@@ -175,8 +175,9 @@ def _outcome(pouring: Pouring, busy: Sequence[float]) -> Poured | NonFinite:
         hint = "" if any(pouring.plan.quantized()) else "--dtype float32"
         return unquantizable([(job.entry, job.non_finite) for job in pouring.failed], hint)
     company: JSON = {}
-    if len(busy) > 1 and sum(busy):
-        company = {"together": len(busy), "share": round(pouring.busy / sum(busy), 4)}
+    seconds = sum(busy, start=0.0)
+    if len(busy) > 1 and seconds:
+        company = {"together": len(busy), "share": round(pouring.busy / seconds, 4)}
     return Poured(pouring.outputs.sealed, pouring.resumed_bytes, company)
 
 
