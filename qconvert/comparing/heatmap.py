@@ -1,0 +1,254 @@
+"""Where each format loses: the relative error of every layer, block by block, on one scale.
+
+Rows are blocks, columns the kinds of layer; a map for each format, all on one logarithmic scale of
+nine steps. What was copied in full precision is hatched, what does not exist is empty. Experts of a
+block are one cell, with their mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, log
+from statistics import fmean
+
+from qconvert.comparing.result import Comparison, Row
+from qconvert.comparing.scene import HEATS, Box, Scene, Shape, Words, moved, text_width
+
+_BLOCK = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<index>\d+)\.(?P<kind>.+)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_ORDER = (
+    "q", "k", "v", "qkv", "query_key_value", "c_attn", "o", "out", "dense", "gate", "up", "fc1",
+    "c_fc", "down", "fc2", "c_proj",
+)  # fmt: skip
+"""Kinds of layer as data flows through a block."""
+_CELL, _HIGHEST, _LOWEST, _MAP = 34.0, 20.0, 5.0, 420.0
+"""A cell's least width, most and least height; a map's height as far as that allows."""
+_SIZE = 11.0
+_GAP = 28.0
+_ACROSS = 3
+"""Maps beside each other in one picture."""
+_SPREAD = 1.5
+"""Least ratio of the scale's ends: less would make much of nothing."""
+
+Place = tuple[str, int | None]
+"""The path of a stack of blocks and a number; None outside of all blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Which layer is where in every map."""
+
+    places: Sequence[Place]
+    kinds: Sequence[str]
+    labels: Sequence[str]
+    """Of the columns."""
+    cells: Mapping[tuple[Place, str], Sequence[str]]
+    """Names on disk of a cell's layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Relative errors in steps, from `low` to `high`."""
+
+    low: float
+    high: float
+
+    def step(self, error: float) -> int:
+        if error <= self.low:
+            return 0
+        share = log(error / self.low) / log(self.high / self.low)
+        return min(HEATS - 1, int(share * HEATS))
+
+    def edge(self, step: int) -> float:
+        """The least error of a step."""
+        return float(self.low * (self.high / self.low) ** (step / HEATS))
+
+
+def scale_of(rows: Sequence[Row]) -> Scale | None:
+    """One scale for all formats; None where nothing was compared."""
+    errors = [error for row in rows for error in row.layers.values()]
+    if not errors:
+        return None
+    positive = [error for error in errors if error > 0] or [1e-6]
+    low, high = min(positive), max(positive)
+    return Scale(low, max(high, low * _SPREAD))
+
+
+def grid_of(comparison: Comparison) -> Grid:
+    """Rows and columns of all maps. Outside of blocks, only what some format quantizes is there."""
+    quantized = {name for row in comparison.formats for name in row.layers}
+    cells: dict[tuple[Place, str], list[str]] = {}
+    for name in dict.fromkeys([*comparison.layers, *quantized]):
+        place, kind = locate(name)
+        if place[1] is not None or name in quantized:
+            cells.setdefault((place, kind), []).append(name)
+    stacks = list(dict.fromkeys(place[0] for place, _ in cells))
+    places = sorted(
+        {place for place, _ in cells},
+        key=lambda it: (it[1] is None, stacks.index(it[0]), it[1] or 0),
+    )
+    kinds = sorted(dict.fromkeys(kind for _, kind in cells), key=_rank)
+    return Grid(places, kinds, _labels(kinds), cells)
+
+
+def locate(name: str) -> tuple[Place, str]:
+    """`model.layers.3.mlp.up_proj` is in block 3 of `model.layers`, of the kind `mlp.up_proj`."""
+    found = _BLOCK.fullmatch(name)
+    if found is None:
+        return ("", None), name
+    kind = _NUMBER.sub("*", f".{found['kind']}").removeprefix(".")
+    return (found["stack"] or "", int(found["index"])), kind
+
+
+def _rank(kind: str) -> int:
+    short = _short(kind)
+    return _ORDER.index(short) if short in _ORDER else len(_ORDER)
+
+
+def _short(kind: str) -> str:
+    return kind.rpartition(".")[2].removesuffix("_proj")
+
+
+def _labels(kinds: Sequence[str]) -> list[str]:
+    """The last part of each kind, or all of it where two have the same."""
+    shorts = [_short(kind) for kind in kinds]
+    return [
+        short if shorts.count(short) == 1 else kind
+        for short, kind in zip(shorts, kinds, strict=True)
+    ]
+
+
+# ── pictures ─────────────────────────────────────────────────────────────────────────────────
+
+
+def panel(row: Row, grid: Grid, scale: Scale) -> Scene:
+    """The map of one format."""
+    longest = max((text_width(label, _SIZE) for label in grid.labels), default=0)
+    upright = longest > _CELL + 6
+    left = 10 + max(text_width(_block_name(place, grid), _SIZE) for place in grid.places)
+    top = 26 + (longest if upright else _SIZE) + 6
+    wide = max(_CELL, 0 if upright else longest + 8)
+    high = min(_HIGHEST, max(_LOWEST, _MAP / len(grid.places)))
+    whole = "" if row.weight_error is None else f"{row.weight_error:.3g} over all"
+    shapes: list[Shape] = [
+        Words(0, 14, row.name, size=14, bold=True),
+        Words(text_width(row.name, 15) + 8, 14, whole, "muted", _SIZE),
+    ]
+    for column, label in enumerate(grid.labels):
+        x = left + (column + 0.5) * wide
+        if upright:
+            shapes.append(Words(x + 4, top - 6, label, "muted", _SIZE, upright=True))
+        else:
+            shapes.append(Words(x, top - 6, label, "muted", _SIZE, "middle"))
+    every = ceil(13 / high)
+    for number, place in enumerate(grid.places):
+        y = top + number * high
+        if number % every == 0 or place[1] is None:
+            name = _block_name(place, grid)
+            shapes.append(Words(left - 6, y + high / 2 + 0.35 * _SIZE, name, "muted", _SIZE, "end"))
+        gap = 1.0 if high > 8 else 0.5
+        for column, kind in enumerate(grid.kinds):
+            names = grid.cells.get((place, kind))
+            if names:
+                x = left + column * wide
+                shapes.append(_cell(x, y, wide - gap, high - gap, names, row, scale))
+    size = left + wide * len(grid.kinds), top + high * len(grid.places)
+    return Scene(
+        max(size[0], text_width(row.name, 15) + 8 + text_width(whole, _SIZE)),
+        size[1],
+        f"Relative error of each layer, {row.name}",
+        f"Rows are blocks, columns are kinds of layer. {_extremes(row)}",
+        tuple(shapes),
+    )
+
+
+def _cell(
+    x: float, y: float, wide: float, high: float, names: Sequence[str], row: Row, scale: Scale
+) -> Box:
+    errors = [row.layers[name] for name in names if name in row.layers]
+    what = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    if not errors:
+        return Box(x, y, wide, high, "kept", f"{what}: in full precision", hatched=True)
+    error = fmean(errors)
+    return Box(x, y, wide, high, f"heat{scale.step(error)}", f"{what}: {error:.4f}")
+
+
+def _extremes(row: Row) -> str:
+    if not row.layers:
+        return "No layer was compared."
+    worst = max(row.layers, key=lambda name: row.layers[name])
+    return f"The largest error is {row.layers[worst]:.3g}, in {worst}."
+
+
+def _block_name(place: Place, grid: Grid) -> str:
+    stack, index = place
+    if index is None:
+        return "rest"
+    several = len({it[0] for it in grid.places if it[1] is not None}) > 1
+    return f"{stack.rpartition('.')[0] or stack} {index}" if several else str(index)
+
+
+def legend(scale: Scale) -> Scene:
+    """The steps of the scale, and what hatching means."""
+    shapes: list[Shape] = []
+    wide, high = 34.0, 14.0
+    for step in range(HEATS):
+        words = f"{scale.edge(step):.3g} to {scale.edge(step + 1):.3g}"
+        shapes.append(Box(8 + step * wide, 4, wide - 1, high, f"heat{step}", words))
+    for step in (0, 3, 6, HEATS):
+        text = f"{scale.edge(step):.2g}"
+        anchor = "start" if step == 0 else "middle"
+        shapes.append(
+            Words((0 if step == 0 else 8) + step * wide, 34, text, "muted", _SIZE, anchor)
+        )
+    x = 8 + HEATS * wide + 44
+    shapes.append(Box(x, 4, 22, high, "kept", "in full precision", hatched=True))
+    shapes.append(Words(x + 28, 15, "in full precision", "muted", _SIZE))
+    return Scene(
+        x + 28 + text_width("in full precision", _SIZE),
+        42,
+        "Scale of the relative error",
+        f"From {scale.low:.3g} (lightest) to {scale.high:.3g}, in {HEATS} steps of one ratio.",
+        tuple(shapes),
+    )
+
+
+def panels(comparison: Comparison) -> tuple[Scene, list[Scene]] | None:
+    """The legend and a map for each format whose layers were compared; None without any."""
+    rows = [row for row in comparison.formats if row.layers]
+    scale = scale_of(rows)
+    if scale is None:
+        return None
+    grid = grid_of(comparison)
+    return legend(scale), [panel(row, grid, scale) for row in rows]
+
+
+def sheet(comparison: Comparison) -> Scene | None:
+    """All maps in one picture, for a file."""
+    found = panels(comparison)
+    if found is None:
+        return None
+    scale, maps = found
+    across = min(_ACROSS, len(maps))
+    wide = max(scene.width for scene in maps) + _GAP
+    high = max(scene.height for scene in maps) + _GAP
+    margin = 20.0
+    title = f"{comparison.model}: relative error of each layer's weights"
+    shapes: list[Shape] = [Words(margin, margin + 12, title, size=16, bold=True)]
+    shapes += moved(scale.shapes, margin, margin + 28)
+    top = margin + 28 + scale.height + 18
+    shapes += _arranged(maps, across, wide, high, margin, top)
+    width = max(across * wide - _GAP, text_width(title, 17), scale.width) + 2 * margin
+    rows = ceil(len(maps) / across)
+    description = " ".join(f"{scene.title}: {scene.description}" for scene in maps)
+    return Scene(width, top + rows * high - _GAP + margin, title, description, tuple(shapes))
+
+
+def _arranged(
+    maps: Sequence[Scene], across: int, wide: float, high: float, left: float, top: float
+) -> Iterator[Shape]:
+    for number, scene in enumerate(maps):
+        down, right = divmod(number, across)
+        yield from moved(scene.shapes, left + right * wide, top + down * high)

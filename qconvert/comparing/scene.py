@@ -1,0 +1,113 @@
+"""A picture before anybody knows what it is drawn with: shapes, and what each stands for.
+
+The same scene becomes SVG inside a page that is light or dark, SVG as a file, and pixels. So a
+shape has no colour but a *role* ("ink", "grid", "heat5"), for which the palettes below have one in
+the light and one in the dark; contrast with the surface is 4.5 at least for all text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+LIGHT: Mapping[str, str] = {
+    "surface": "#ffffff", "ink": "#1b1f24", "muted": "#59636e", "grid": "#e4e8ec",
+    "axis": "#8c959f", "accent": "#0a5bd3", "other": "#8a6d1d", "bound": "#b3261e",
+    "kept": "#eef0f2", "hatch": "#b4bcc4",
+    "heat0": "#eef5fc", "heat1": "#d6e8f8", "heat2": "#b5d6f2", "heat3": "#8bbfe9",
+    "heat4": "#5ea3dc", "heat5": "#3884c9", "heat6": "#1f65ae", "heat7": "#124788",
+    "heat8": "#0b2c59",
+}  # fmt: skip
+DARK: Mapping[str, str] = {
+    "surface": "#14181d", "ink": "#e8ecf0", "muted": "#9aa5b1", "grid": "#272e36",
+    "axis": "#6b7682", "accent": "#6cb0ff", "other": "#d8b45a", "bound": "#ff8a80",
+    "kept": "#20262d", "hatch": "#4a545f",
+    "heat0": "#17283a", "heat1": "#18344f", "heat2": "#1b4368", "heat3": "#215684",
+    "heat4": "#2c6da6", "heat5": "#4489c6", "heat6": "#6ba8de", "heat7": "#9cc8ef",
+    "heat8": "#d3e7fa",
+}  # fmt: skip
+HEATS = 9
+"""Steps of the heat scale: errors come in classes that an eye can tell apart."""
+
+CHARACTER = 0.56
+"""Width of a character on average, over the size of the type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A filled rectangle; `hatched` for what is there and has no figure."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    role: str
+    title: str = ""
+    hatched: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A polyline."""
+
+    points: tuple[tuple[float, float], ...]
+    role: str
+    width: float = 1.0
+    dashed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """A circle; a hollow one has the surface inside, a ringed one a second circle around it."""
+
+    x: float
+    y: float
+    radius: float
+    role: str
+    title: str = ""
+    hollow: bool = False
+    ringed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """One line of text; `y` is its baseline. Upright ones read upwards, around (x, y)."""
+
+    x: float
+    y: float
+    text: str
+    role: str = "ink"
+    size: float = 12.0
+    anchor: str = "start"
+    """start, middle or end"""
+    bold: bool = False
+    upright: bool = False
+
+
+Shape = Box | Line | Dot | Words
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Shapes in the order they are drawn, in a frame from (0, 0) to (width, height)."""
+
+    width: float
+    height: float
+    title: str
+    description: str
+    shapes: tuple[Shape, ...]
+
+
+def moved(shapes: Iterable[Shape], right: float, down: float) -> Iterable[Shape]:
+    """The same shapes somewhere else."""
+    for shape in shapes:
+        if isinstance(shape, Line):
+            points = tuple((x + right, y + down) for x, y in shape.points)
+            yield replace(shape, points=points)
+        else:
+            yield replace(shape, x=shape.x + right, y=shape.y + down)
+
+
+def text_width(text: str, size: float) -> float:
+    """About how wide a line of text is, on the safe side."""
+    return len(text) * CHARACTER * size
