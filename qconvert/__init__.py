@@ -16,12 +16,14 @@ from qconvert.version import __version__
 
 if TYPE_CHECKING:
     from qconvert.api import (
+        Comparison,
         Plan,
         Pushed,
         PushOptions,
         Reproduction,
         Result,
         Validation,
+        compare,
         convert,
         dequantize,
         open_checkpoint,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Comparison",
     "Plan",
     "PushOptions",
     "Pushed",
@@ -40,6 +43,7 @@ __all__ = [
     "Result",
     "Validation",
     "__version__",
+    "compare",
     "convert",
     "dequantize",
     "open_checkpoint",

@@ -15,6 +15,7 @@ from typing import Any
 from qconvert import conversion, registry, transcoding
 from qconvert.calibration.options import CalibrationOptions
 from qconvert.calibration.report import OnEvent
+from qconvert.comparing.result import BOUND, Comparison
 from qconvert.decoding import open_source as open_checkpoint
 from qconvert.hub.push import Pushed, push
 from qconvert.hub.target import PushOptions
@@ -25,8 +26,8 @@ from qconvert.types import Plan, Progress, dtype_from_torch
 from qconvert.validation.folder import Validation, validate_folder
 
 __all__ = [
-    "Plan", "PushOptions", "Pushed", "Reproduction", "Result", "Validation", "convert",
-    "dequantize", "open_checkpoint", "plan", "push", "reproduce", "transcode",
+    "Comparison", "Plan", "PushOptions", "Pushed", "Reproduction", "Result", "Validation",
+    "compare", "convert", "dequantize", "open_checkpoint", "plan", "push", "reproduce", "transcode",
     "validate",
 ]  # fmt: skip
 
@@ -183,6 +184,46 @@ def validate(
         path, against=against, revision=revision, levels=levels, loaders=loaders, device=device,
         progress=progress,
     )  # fmt: skip
+
+
+def compare(
+    *targets: str | Path,
+    to: str | Sequence[str] = (),
+    against: str | Path | None = None,
+    revision: str | None = None,
+    output: str | Path | None = None,
+    text: str | Path | None = None,
+    tokens: int | None = None,
+    bound: float = BOUND,
+    report: str | Path | None = None,
+    plots: str | Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Formats of one source side by side: two or more quantized folders, or one model to convert.
+
+    `to` is "int8,nf4,hqq:4" or a list of such; see `comparing.run.compare`, which also says what is
+    raised. Nothing is written unless `output` (what was converted) or `report` (the page, with its
+    pictures in `plots` or beside it) is named.
+    """
+    from qconvert.comparing import run
+
+    return run.compare(
+        targets,
+        to=tuple(word.strip() for word in to.split(",")) if isinstance(to, str) else to,
+        against=against,
+        revision=revision,
+        output=None if output is None else Path(output),
+        text=None if text is None else Path(text),
+        tokens=tokens,
+        bound=bound,
+        report=None if report is None else Path(report),
+        plots=None if plots is None else Path(plots),
+        device=device,
+        threads=threads,
+        progress=progress,
+    )
 
 
 def _calibration(

@@ -20,6 +20,7 @@ import typer
 from qconvert import errors
 from qconvert.cli import (
     card_verb,
+    compare_verb,
     convert_verbs,
     hints,
     hub_verbs,
@@ -46,6 +47,7 @@ convert_verbs.register(app)
 transcode_verbs.register(app)
 together_verb.register(app)
 read_verbs.register(app)
+compare_verb.register(app)
 card_verb.register(app)
 hub_verbs.register(app)
 

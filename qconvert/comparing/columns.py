@@ -33,11 +33,6 @@ def columns(comparison: Comparison) -> Sequence[Column]:
             "stays in full precision included.",
             lambda row: _number(row.bits, 2),
         ),
-        Column(
-            "in quantized layers", "in layers",
-            "The same over the quantized layers alone.",
-            lambda row: _number(row.layer_bits, 2),
-        ),
         Column("size", "size", "Of the weight files.", lambda row: _bytes(row.nbytes)),
         Column(
             "loaded", "loaded",
@@ -84,6 +79,11 @@ def columns(comparison: Comparison) -> Sequence[Column]:
             "decode tok/s", "decode/s",
             f"Tokens a second while text is written, one at a time, on {device}.",
             lambda row: _rate(row.decode_rate),
+        ),
+        Column(
+            "in quantized layers", "in layers",
+            "The same over the quantized layers alone.",
+            lambda row: _number(row.layer_bits, 2),
         ),
     )  # fmt: skip
     return [

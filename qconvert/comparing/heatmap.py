@@ -1,8 +1,9 @@
 """Where each format loses: the relative error of every layer, block by block, on one scale.
 
-Rows are blocks, columns the kinds of layer; a map for each format, all on one logarithmic scale of
-nine steps. What was copied in full precision is hatched, what does not exist is empty. Experts of a
-block are one cell, with their mean.
+Rows are blocks, columns the kinds of layer; a map for each format, all on one logarithmic scale.
+Formats differ by more than layers do, so a cell that has room tells its figure, in per cent. What
+was copied in full precision is hatched, what does not exist is empty. Experts of a block are one
+cell, with their mean.
 """
 
 from __future__ import annotations
@@ -13,8 +14,19 @@ from dataclasses import dataclass
 from math import ceil, log
 from statistics import fmean
 
+from qconvert.comparing.columns import significant
 from qconvert.comparing.result import Comparison, Row
-from qconvert.comparing.scene import HEATS, Box, Scene, Shape, Words, moved, text_width
+from qconvert.comparing.scene import (
+    HEATS,
+    ON_HEAT,
+    Box,
+    Scene,
+    Shape,
+    Words,
+    headed,
+    moved,
+    text_width,
+)
 
 _BLOCK = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<index>\d+)\.(?P<kind>.+)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -26,6 +38,8 @@ _ORDER = (
 _CELL, _HIGHEST, _LOWEST, _MAP = 34.0, 20.0, 5.0, 420.0
 """A cell's least width, most and least height; a map's height as far as that allows."""
 _SIZE = 11.0
+_FIGURE = 10.0
+"""Size of the type in a cell."""
 _GAP = 28.0
 _ACROSS = 3
 """Maps beside each other in one picture."""
@@ -61,9 +75,9 @@ class Scale:
         share = log(error / self.low) / log(self.high / self.low)
         return min(HEATS - 1, int(share * HEATS))
 
-    def edge(self, step: int) -> float:
-        """The least error of a step."""
-        return float(self.low * (self.high / self.low) ** (step / HEATS))
+    def edge(self, share: float) -> float:
+        """The error at that share of the scale's length."""
+        return float(self.low * (self.high / self.low) ** share)
 
 
 def scale_of(rows: Sequence[Row]) -> Scale | None:
@@ -131,7 +145,9 @@ def panel(row: Row, grid: Grid, scale: Scale) -> Scene:
     top = 26 + (longest if upright else _SIZE) + 6
     wide = max(_CELL, 0 if upright else longest + 8)
     high = min(_HIGHEST, max(_LOWEST, _MAP / len(grid.places)))
-    whole = "" if row.weight_error is None else f"{row.weight_error:.3g} over all"
+    whole = ""
+    if row.weight_error is not None:
+        whole = f"{significant(100 * row.weight_error)} % over all"
     shapes: list[Shape] = [
         Words(0, 14, row.name, size=14, bold=True),
         Words(text_width(row.name, 15) + 8, 14, whole, "muted", _SIZE),
@@ -153,7 +169,7 @@ def panel(row: Row, grid: Grid, scale: Scale) -> Scene:
             names = grid.cells.get((place, kind))
             if names:
                 x = left + column * wide
-                shapes.append(_cell(x, y, wide - gap, high - gap, names, row, scale))
+                shapes += _cell(x, y, wide - gap, high - gap, names, row, scale)
     size = left + wide * len(grid.kinds), top + high * len(grid.places)
     return Scene(
         max(size[0], text_width(row.name, 15) + 8 + text_width(whole, _SIZE)),
@@ -166,20 +182,26 @@ def panel(row: Row, grid: Grid, scale: Scale) -> Scene:
 
 def _cell(
     x: float, y: float, wide: float, high: float, names: Sequence[str], row: Row, scale: Scale
-) -> Box:
+) -> Iterator[Shape]:
     errors = [row.layers[name] for name in names if name in row.layers]
     what = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     if not errors:
-        return Box(x, y, wide, high, "kept", f"{what}: in full precision", hatched=True)
+        yield Box(x, y, wide, high, "kept", f"{what}: in full precision", hatched=True)
+        return
     error = fmean(errors)
-    return Box(x, y, wide, high, f"heat{scale.step(error)}", f"{what}: {error:.4f}")
+    step = scale.step(error)
+    yield Box(x, y, wide, high, f"heat{step}", f"{what}: {significant(100 * error)} %")
+    if high > _FIGURE + 2:
+        role = "ink" if step < ON_HEAT else "surface"
+        text = significant(100 * error, 2)
+        yield Words(x + wide / 2, y + high / 2 + 0.36 * _FIGURE, text, role, _FIGURE, "middle")
 
 
 def _extremes(row: Row) -> str:
     if not row.layers:
         return "No layer was compared."
     worst = max(row.layers, key=lambda name: row.layers[name])
-    return f"The largest error is {row.layers[worst]:.3g}, in {worst}."
+    return f"The largest error is {significant(100 * row.layers[worst])} %, in {worst}."
 
 
 def _block_name(place: Place, grid: Grid) -> str:
@@ -193,24 +215,21 @@ def _block_name(place: Place, grid: Grid) -> str:
 def legend(scale: Scale) -> Scene:
     """The steps of the scale, and what hatching means."""
     shapes: list[Shape] = []
-    wide, high = 34.0, 14.0
+    wide, high = 8.0, 14.0
     for step in range(HEATS):
-        words = f"{scale.edge(step):.3g} to {scale.edge(step + 1):.3g}"
-        shapes.append(Box(8 + step * wide, 4, wide - 1, high, f"heat{step}", words))
-    for step in (0, 3, 6, HEATS):
-        text = f"{scale.edge(step):.2g}"
-        anchor = "start" if step == 0 else "middle"
-        shapes.append(
-            Words((0 if step == 0 else 8) + step * wide, 34, text, "muted", _SIZE, anchor)
-        )
-    x = 8 + HEATS * wide + 44
+        shapes.append(Box(step * wide, 4, wide, high, f"heat{step}"))
+    for share in (0.0, 0.5, 1.0):
+        text = f"{significant(100 * scale.edge(share), 2)} %"
+        anchor = {0.0: "start", 0.5: "middle", 1.0: "end"}[share]
+        shapes.append(Words(share * HEATS * wide, 34, text, "muted", _SIZE, anchor))
+    x = HEATS * wide + 36
     shapes.append(Box(x, 4, 22, high, "kept", "in full precision", hatched=True))
     shapes.append(Words(x + 28, 15, "in full precision", "muted", _SIZE))
     return Scene(
         x + 28 + text_width("in full precision", _SIZE),
         42,
         "Scale of the relative error",
-        f"From {scale.low:.3g} (lightest) to {scale.high:.3g}, in {HEATS} steps of one ratio.",
+        f"Logarithmic, from {significant(100 * scale.low)} % to {significant(100 * scale.high)} %.",
         tuple(shapes),
     )
 
@@ -234,16 +253,13 @@ def sheet(comparison: Comparison) -> Scene | None:
     across = min(_ACROSS, len(maps))
     wide = max(scene.width for scene in maps) + _GAP
     high = max(scene.height for scene in maps) + _GAP
-    margin = 20.0
-    title = f"{comparison.model}: relative error of each layer's weights"
-    shapes: list[Shape] = [Words(margin, margin + 12, title, size=16, bold=True)]
-    shapes += moved(scale.shapes, margin, margin + 28)
-    top = margin + 28 + scale.height + 18
-    shapes += _arranged(maps, across, wide, high, margin, top)
-    width = max(across * wide - _GAP, text_width(title, 17), scale.width) + 2 * margin
-    rows = ceil(len(maps) / across)
+    top = scale.height + 18
+    shapes = (*scale.shapes, *_arranged(maps, across, wide, high, 0, top))
+    width = max(across * wide - _GAP, scale.width)
+    height = top + ceil(len(maps) / across) * high - _GAP
     description = " ".join(f"{scene.title}: {scene.description}" for scene in maps)
-    return Scene(width, top + rows * high - _GAP + margin, title, description, tuple(shapes))
+    sheet = Scene(width, height, "Relative error of each layer", description, shapes)
+    return headed(sheet, f"{comparison.model}: relative error of each layer, in per cent")
 
 
 def _arranged(

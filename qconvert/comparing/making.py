@@ -29,6 +29,7 @@ class Made:
     name: str
     folder: Path
     failure: str = ""
+    exit_code: int = 0
 
 
 def make(
@@ -75,14 +76,18 @@ def make(
     for request in wanted:
         if request.output not in outcomes:
             outcomes[request.output] = _alone(request, progress, on_plan)
-    failures = {target: outcomes.get(target) for target in targets}
-    errors = [outcome for outcome in failures.values() if isinstance(outcome, QConvertError)]
+    errors = {
+        target: outcome
+        for target in targets
+        if isinstance(outcome := outcomes.get(target), QConvertError)
+    }
     if len(errors) == len(targets):
-        raise errors[0]
-    made = [
-        Made(name, target, str(it) if isinstance(it := failures[target], QConvertError) else "")
-        for name, target in zip(names, targets, strict=True)
-    ]
+        raise errors[targets[0]]
+    made = []
+    for name, target in zip(names, targets, strict=True):
+        error = errors.get(target)
+        code = error.exit_code if error else 0
+        made.append(Made(name, target, str(error or ""), code))
     return plans[0].checkpoint, made
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from os.path import commonprefix
 
 from qconvert.comparing import heatmap, pareto, svg, words
 from qconvert.comparing.columns import MISSING, Column, columns
@@ -94,14 +93,13 @@ def _table(comparison: Comparison) -> str:
 def _row(row: Row, shown: Sequence[Column], comparison: Comparison) -> str:
     marks = ""
     if row.name in comparison.front:
-        marks += '<span class="mark">front</span>'
+        marks += '<span class="marks"><span class="mark">front</span></span>'
     if row.name == comparison.smallest:
-        marks += '<span class="mark best">smallest below the bound</span>'
-    detail = f'<span class="detail">{_text(row.failure or row.method)}</span>'
-    head = f'<th scope="row"><b>{_text(row.name)}</b>{marks}{detail}</th>'
+        marks += '<span class="marks"><span class="mark best">smallest below bound</span></span>'
+    head = f'<th scope="row"><b>{_text(row.name)}</b>{marks}</th>'
     kind = ' class="source"' if row.name == SOURCE else ""
     if row.failure:
-        return f'<tr class="failed">{head}<td colspan="{len(shown)}">not converted</td></tr>'
+        return f'<tr class="failed">{head}<td colspan="{len(shown)}">{_text(row.failure)}</td></tr>'
     cells = "".join(f"<td>{_cell(column.cell(row))}</td>" for column in shown)
     return f"<tr{kind}>{head}{cells}</tr>"
 
@@ -160,30 +158,34 @@ def _samples(comparison: Comparison) -> str:
         "the source is marked.</p>"
     ]
     for number, original in enumerate(source.samples):
-        said = "".join(
-            _sample(row, number, original.text)
-            for row in comparison.rows
-            if number < len(row.samples)
-        )
+        others = [row for row in comparison.formats if number < len(row.samples)]
+        same = [row.name for row in others if row.samples[number].text == original.text]
+        said = _sample(source, number, original.text, f"and {words.listed(same)}" if same else "")
+        for row in others:
+            sample = row.samples[number]
+            if row.name not in same:
+                agrees = f"{sample.agreeing} of {sample.tokens} tokens the same"
+                said += _sample(row, number, original.text, agrees)
         parts.append(
             f'<article><p class="prompt">{_lines(original.prompt)}</p><dl>{said}</dl></article>'
         )
     return "".join(parts)
 
 
-def _sample(row: Row, number: int, original: str) -> str:
-    sample = row.samples[number]
-    common = commonprefix([original, sample.text])
-    rest = sample.text[len(common) :]
-    told = f"{_lines(common)}<mark>{_lines(rest)}</mark>" if rest else _lines(common)
-    if row.name == SOURCE:
-        agrees = ""
-    elif sample.agreeing == sample.tokens:
-        agrees = "the same"
-    else:
-        agrees = f"{sample.agreeing} of {sample.tokens} tokens the same"
-    under = f'<span class="detail">{agrees}</span>' if agrees else ""
+def _sample(row: Row, number: int, original: str, detail: str) -> str:
+    text = row.samples[number].text
+    common = _common(original, text)
+    rest = text[len(common) :]
+    told = _lines(common.rstrip() if not rest else common)
+    told += f"<mark>{_lines(rest.rstrip())}</mark>" if rest.strip() else ""
+    under = f'<span class="detail">{_text(detail)}</span>' if detail else ""
     return f"<div><dt>{_text(row.name)}{under}</dt><dd>{told}</dd></div>"
+
+
+def _common(one: str, other: str) -> str:
+    """What two texts begin with."""
+    pairs = zip(one, other, strict=False)
+    return one[: next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))]
 
 
 def _notes(comparison: Comparison) -> str:
@@ -191,7 +193,9 @@ def _notes(comparison: Comparison) -> str:
     for row in comparison.rows:
         said = [row.failure] if row.failure else [*row.notes]
         if row.verdict:
-            said.insert(0, f"{row.verdict} by its manifest")
+            said.insert(0, f"{row.verdict}, by its manifest")
+        if row.method:
+            said.insert(0, row.method)
         if row.loader:
             said.append(f"loaded by {row.loader}")
         if said:

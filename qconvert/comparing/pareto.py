@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil, cos, floor, log10, pi, sin
 
 from qconvert.comparing.result import Comparison
 from qconvert.comparing.scene import Dot, Line, Scene, Shape, Words, text_width
 
-WIDTH, HEIGHT = 760.0, 440.0
+WIDTH, HEIGHT = 960.0, 460.0
 NARROW = 380.0
 """Width and height for a phone."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 74.0, 24.0, 20.0, 56.0
@@ -22,7 +23,7 @@ _SIZE = 13.0
 _RADIUS = 5.0
 LEAST = 1e-6
 """Nats: what is less is drawn here."""
-_RINGS = (11.0, 17.0, 26.0, 38.0, 54.0, 74.0)
+_RINGS = (13.0, 18.0, 26.0, 38.0, 54.0, 74.0)
 _ANGLES = (0, 330, 30, 180, 210, 150, 270, 90, 300, 60, 240, 120)
 _TICKS = 7
 
@@ -32,14 +33,17 @@ Rectangle = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """Where a name stands: its baseline's start, and whether a line leads to its point."""
+    """Where a name stands: the anchor of its baseline, and whether a line leads to its point."""
 
     x: float
     y: float
+    anchor: str
     led: bool
 
     def box(self, text: str, size: float = _SIZE) -> Rectangle:
-        return (self.x, self.y - size, self.x + text_width(text, size), self.y + 0.3 * size)
+        wide = text_width(text, size)
+        left = self.x - wide * {"start": 0.0, "middle": 0.5, "end": 1.0}[self.anchor]
+        return (left, self.y - size, left + wide, self.y + 0.3 * size)
 
 
 def scene(comparison: Comparison, width: float = WIDTH, height: float = HEIGHT) -> Scene | None:
@@ -56,17 +60,21 @@ def scene(comparison: Comparison, width: float = WIDTH, height: float = HEIGHT) 
     front = comparison.front
     shapes: list[Shape] = [*axes.grid()]
     shapes += _bound(axes, comparison.bound)
-    if len(front) > 1:
-        shapes.append(Line(tuple(_steps([places[name] for name in front])), "accent", 1.5))
+    stair = list(_steps([places[name] for name in front]))
+    if len(stair) > 1:
+        shapes.append(Line(tuple(stair), "accent", 1.5))
     frame = (axes.left + 4, axes.top + 2, axes.right, axes.bottom - 2)
-    taken = [_bound_box(axes, comparison.bound)]
+    taken = [_bound_box(axes, comparison.bound), *_around_lines(stair)]
+    y = axes.y(comparison.bound)
+    taken.append((axes.left, y - 1, axes.right, y + 1))
     for name, label in place(places, frame, taken).items():
         x, y = places[name]
         if label.led:
             box = label.box(name)
             end = (min(max(x, box[0]), box[2]), min(max(y, box[1] + 3), box[3]))
             shapes.append(Line(((x, y), end), "axis"))
-        shapes.append(Words(label.x, label.y, name, size=_SIZE, bold=name == comparison.smallest))
+        bold = name == comparison.smallest
+        shapes.append(Words(label.x, label.y, name, "ink", _SIZE, label.anchor, bold))
     for name, (x, y) in places.items():
         bits, kl = points[name]
         on_front = name in front
@@ -92,15 +100,15 @@ def scene(comparison: Comparison, width: float = WIDTH, height: float = HEIGHT) 
 def place(
     points: Mapping[str, tuple[float, float]], frame: Rectangle, taken: Sequence[Rectangle] = ()
 ) -> dict[str, Label]:
-    """A place for the name of each point, within the frame and off all points, names and `taken`.
+    """A place for the name of each point, within the frame, off all points, names and `taken`.
 
     Where nothing is free, the place that covers least.
     """
-    dots = [(x - 8, y - 8, x + 8, y + 8) for x, y in points.values()]
+    dots = [(x - 10, y - 10, x + 10, y + 10) for x, y in points.values()]
     names: list[Rectangle] = list(taken)
     found: dict[str, Label] = {}
     for name, (x, y) in sorted(points.items(), key=lambda item: (item[1][1], item[1][0])):
-        candidates = list(_around(name, x, y))
+        candidates = list(_around(x, y))
         label = min(
             enumerate(candidates),
             key=lambda item: (
@@ -114,15 +122,13 @@ def place(
     return found
 
 
-def _around(name: str, x: float, y: float) -> Iterator[Label]:
+def _around(x: float, y: float) -> Iterator[Label]:
     """Places for a name, the best first."""
-    wide = text_width(name, _SIZE)
     for ring, distance in enumerate(_RINGS):
         for angle in _ANGLES:
             across, up = cos(angle * pi / 180), sin(angle * pi / 180)
-            start = x + distance * across
-            start -= wide * (0 if across > 0.3 else 1 if across < -0.3 else 0.5)
-            yield Label(start, y - distance * up + 0.35 * _SIZE, ring > 1)
+            anchor = "start" if across > 0.3 else "end" if across < -0.3 else "middle"
+            yield Label(x + distance * across, y - distance * up + 0.35 * _SIZE, anchor, ring > 1)
 
 
 def _overlap(one: Rectangle, other: Rectangle) -> float:
@@ -146,6 +152,12 @@ def _steps(points: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float
             yield x, previous[1]
         yield x, y
         previous = x, y
+
+
+def _around_lines(points: Sequence[tuple[float, float]]) -> Iterator[Rectangle]:
+    """What horizontal and vertical lines cover, with a little air."""
+    for (x1, y1), (x2, y2) in pairwise(points):
+        yield min(x1, x2) - 2, min(y1, y2) - 2, max(x1, x2) + 2, max(y1, y2) + 2
 
 
 def _bound(axes: _Axes, bound: float) -> Iterator[Shape]:

@@ -77,6 +77,8 @@ class Row:
     """What is missing or was measured otherwise, and why."""
     failure: str = ""
     """Why there is no such format."""
+    exit_code: int = 0
+    """Of that failure."""
 
 
 @dataclass(frozen=True, slots=True)

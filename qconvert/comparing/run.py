@@ -16,7 +16,7 @@ from typing import Any
 
 from qconvert import devices
 from qconvert.comparing import entrants as opening
-from qconvert.comparing import making
+from qconvert.comparing import making, writing
 from qconvert.comparing.entrants import Entrant
 from qconvert.comparing.result import BOUND, SOURCE, Comparison, Row, Sample
 from qconvert.errors import (
@@ -53,6 +53,8 @@ def compare(
     text: Path | None = None,
     tokens: int | None = None,
     bound: float = BOUND,
+    report: Path | None = None,
+    plots: Path | None = None,
     device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
@@ -60,18 +62,23 @@ def compare(
     on_plan: Callable[[Plan], None] | None = None,
     on_row: Callable[[Row], None] | None = None,
 ) -> Comparison:
-    """Compares quantized checkpoints of one source with it and with each other; writes no report.
+    """Compares quantized checkpoints of one source with it and with each other.
 
     `targets` are two or more quantized folders (or Hub ids), or one model, which is converted into
     the formats of `to` first ("int8", "hqq:4"; the default is `making.DEFAULT`): into `output`,
     where they are kept and proved, or into a temporary folder. `against` is the source, unless the
     manifests tell. `tokens` of `text` are read; by default 2048 of the demo's held-out text, on a
-    CPU as many as take about a minute. `bound` is a KL divergence in nats a token.
+    CPU as many as take about a minute. `bound` is a KL divergence in nats a token. `report` is the
+    page that is written, `plots` the folder of its pictures, which lie beside it otherwise; nothing
+    is without a report.
 
     Raises UsageError for targets that do not go together, ReloadFailed if the source cannot be
-    loaded, and the errors of reading and converting. What a single format does is in its row.
+    loaded, NotWritable, and the errors of reading and converting. What befalls one of several
+    formats is in its row.
     """
-    _refuse(targets, to, against, text, tokens, bound)
+    _refuse(targets, to, against, revision, text, tokens, bound)
+    if report is not None:
+        writing.check(report, plots)
     [main, *_] = devices.find(device)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qconvert-compare-")))
@@ -82,7 +89,11 @@ def compare(
                 keep=output is not None, revision=revision, device=device, threads=threads,
                 progress=progress, on_plan=on_plan,
             )  # fmt: skip
-            failed = [Row(it.name, failure=it.failure) for it in made if it.failure]
+            failed = [
+                Row(it.name, failure=it.failure, exit_code=it.exit_code)
+                for it in made
+                if it.failure
+            ]
             found = [
                 Entrant(it.name, str(it.folder), open_stored(it.folder))
                 for it in made
@@ -96,7 +107,7 @@ def compare(
         )
         rows = bench.rows(found, kept=output is not None or not to, on_row=on_row)
         about = bench.about
-    return Comparison(
+    whole = Comparison(
         model=checkpoint.repo_id or checkpoint.name,
         revision=checkpoint.revision,
         parameters=sum(info.numel for info in checkpoint.tensors.values()),
@@ -111,12 +122,16 @@ def compare(
         prompt_tokens=about.get("prompt_tokens", 0),
         bound=bound,
     )
+    if report is None:
+        return whole
+    return replace(whole, files=writing.write(whole, report, plots))
 
 
 def _refuse(
     targets: Sequence[str | Path],
     to: Sequence[str],
     against: str | Path | None,
+    revision: str | None,
     text: Path | None,
     tokens: int | None,
     bound: float,
@@ -128,6 +143,10 @@ def _refuse(
         raise UsageError("--to converts one model, and several are named")
     if to and against is not None:
         raise UsageError("the source of what --to makes is the model itself: leave --against out")
+    if revision is not None and len(targets) > 1:
+        raise UsageError(
+            "--revision is one model's, and several are named", hint="org/name@revision"
+        )
     if not bound > 0:
         raise UsageError(f"--bound {bound}: expected a KL divergence above 0", hint="--bound 0.05")
     if tokens is not None and tokens < 2:

@@ -10,26 +10,39 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+HEATS = 33
+"""Steps of the heat scale: fine enough to look smooth."""
+
+
+def _mixed(anchors: str) -> dict[str, str]:
+    """ "heat0" … of a scale that runs through these colours."""
+    colours = [tuple(bytes.fromhex(it)) for it in anchors.split()]
+    found = {}
+    for step in range(HEATS):
+        at = step / (HEATS - 1) * (len(colours) - 1)
+        one = min(int(at), len(colours) - 2)
+        pairs = zip(colours[one], colours[one + 1], strict=True)
+        mixed = (round(a + (at - one) * (b - a)) for a, b in pairs)
+        found[f"heat{step}"] = "#" + bytes(mixed).hex()
+    return found
+
+
 LIGHT: Mapping[str, str] = {
     "surface": "#ffffff", "ink": "#1b1f24", "muted": "#59636e", "grid": "#e4e8ec",
     "axis": "#8c959f", "accent": "#0a5bd3", "other": "#8a6d1d", "bound": "#b3261e",
     "kept": "#eef0f2", "hatch": "#b4bcc4",
-    "heat0": "#eef5fc", "heat1": "#d6e8f8", "heat2": "#b5d6f2", "heat3": "#8bbfe9",
-    "heat4": "#5ea3dc", "heat5": "#3884c9", "heat6": "#1f65ae", "heat7": "#124788",
-    "heat8": "#0b2c59",
+    **_mixed("f1f6fc d9e9f8 bad8f2 93c2ea 68a8de 3884c9 1f65ae 124788 0b2c59"),
 }  # fmt: skip
 DARK: Mapping[str, str] = {
     "surface": "#14181d", "ink": "#e8ecf0", "muted": "#9aa5b1", "grid": "#272e36",
     "axis": "#6b7682", "accent": "#6cb0ff", "other": "#d8b45a", "bound": "#ff8a80",
     "kept": "#20262d", "hatch": "#4a545f",
-    "heat0": "#17283a", "heat1": "#18344f", "heat2": "#1b4368", "heat3": "#215684",
-    "heat4": "#2c6da6", "heat5": "#4489c6", "heat6": "#6ba8de", "heat7": "#9cc8ef",
-    "heat8": "#d3e7fa",
+    **_mixed("17283a 18344f 1b4368 1f5280 27639a 4489c6 6ba8de 9cc8ef d3e7fa"),
 }  # fmt: skip
-HEATS = 9
-"""Steps of the heat scale: errors come in classes that an eye can tell apart."""
+ON_HEAT = 17
+"""The step from which a figure on the heat has the surface's colour, and not that of ink."""
 
-CHARACTER = 0.56
+CHARACTER = 0.6
 """Width of a character on average, over the size of the type."""
 
 
@@ -106,6 +119,19 @@ def moved(shapes: Iterable[Shape], right: float, down: float) -> Iterable[Shape]
             yield replace(shape, points=points)
         else:
             yield replace(shape, x=shape.x + right, y=shape.y + down)
+
+
+def headed(scene: Scene, heading: str) -> Scene:
+    """The same with a heading and a margin, as a file that stands alone."""
+    margin, size = 20.0, 16.0
+    width = max(scene.width, text_width(heading, size + 1)) + 2 * margin
+    shapes = moved(scene.shapes, margin, margin + 2 * size)
+    return replace(
+        scene,
+        width=width,
+        height=scene.height + 2 * margin + 2 * size,
+        shapes=(Words(margin, margin + size - 4, heading, size=size, bold=True), *shapes),
+    )
 
 
 def text_width(text: str, size: float) -> float:

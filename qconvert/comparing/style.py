@@ -16,11 +16,13 @@ p{{margin:0 0 .6rem;max-width:46rem}}
 section{{margin-top:3rem}}
 .over,.small,.detail,footer{{color:var(--muted);font-size:.875rem}}
 .over{{margin:0}}
-.answer{{margin-top:1.5rem;padding:1rem 1.25rem;border-left:3px solid var(--accent);
+.answer{{max-width:50rem;margin-top:1.5rem;padding:1rem 1.25rem;border-left:3px solid var(--accent);
 background:var(--kept)}}
 .answer p:last-child{{margin:0}}
 .first{{font-size:1.125rem;font-weight:600}}
-.scroll{{overflow-x:auto;border-top:1px solid var(--axis);border-bottom:1px solid var(--axis)}}
+.scroll{{position:relative;overflow-x:auto;border:solid var(--axis);border-width:1px 0;
+background:linear-gradient(to left,var(--surface) 35%,transparent) right/3rem 100% local no-repeat,
+linear-gradient(to left,var(--grid),transparent) right/1.1rem 100% no-repeat}}
 .scroll:focus-visible,summary:focus-visible{{outline:2px solid var(--accent);outline-offset:2px}}
 table{{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}}
 th,td{{padding:.55rem .7rem;text-align:right;vertical-align:top;white-space:nowrap;
@@ -30,12 +32,14 @@ vertical-align:bottom;white-space:normal;min-width:4.2rem;border-bottom:1px soli
 tbody tr+tr>*{{border-top:1px solid var(--grid)}}
 th:first-child{{text-align:left;padding-left:0;position:sticky;left:0;
 background:var(--surface)}}
-th[scope=row]{{font-weight:400;white-space:normal;min-width:9.5rem;max-width:17rem}}
+th[scope=row]{{font-weight:400;white-space:normal;min-width:11rem;max-width:18rem}}
 .detail{{display:block;font-size:.78rem;line-height:1.35;font-weight:400}}
 .source td,.source th{{color:var(--muted)}}
 .failed td{{text-align:left;color:var(--bound)}}
 .error{{color:var(--muted);font-size:.8em}}
-.mark{{display:inline-block;margin-left:.4rem;padding:0 .4rem;border:1px solid var(--accent);
+.marks{{display:inline-flex;flex-wrap:wrap;gap:.3rem;margin:0 0 .1rem .5rem;vertical-align:.08rem}}
+.marks+.marks{{margin-left:0}}
+.mark{{padding:0 .4rem;border:1px solid var(--accent);
 border-radius:1rem;color:var(--accent);font-size:.7rem;line-height:1.5;white-space:nowrap}}
 .best{{background:var(--accent);color:var(--surface)}}
 details{{margin-top:.75rem;font-size:.875rem}}
@@ -74,9 +78,7 @@ dl>div{{grid-template-columns:1fr}}
 .wide{{display:none}}
 .narrow{{display:block}}
 .maps{{gap:1.75rem}}
-th[scope=row]{{min-width:7.5rem;max-width:9.5rem}}
-.mark{{margin-left:0;margin-right:.3rem}}
-th[scope=row] b{{display:block}}
+th[scope=row]{{min-width:6.5rem;max-width:8.5rem}}
 }}
 @media print{{.scroll{{overflow:visible}}details{{display:none}}}}
 """.replace("\n", "")

@@ -1,0 +1,62 @@
+"""A comparison on the screen: the table of formats, what it comes to, and what each one wrote."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+
+from qconvert.cli import show
+from qconvert.comparing import words
+from qconvert.comparing.columns import columns, kl
+from qconvert.comparing.result import SOURCE, Comparison, Row
+from qconvert.errors import printable
+
+
+def line(row: Row) -> str:
+    """One row as soon as it is there."""
+    parts = [row.name]
+    if row.bits is not None:
+        parts.append(f"{row.bits:.2f} bits per weight")
+    if row.kl is not None and row.name != SOURCE:
+        parts.append(f"KL divergence {kl(row)}")
+    return printable(", ".join(parts), 1000)
+
+
+def show_comparison(found: Comparison, *, json: bool) -> None:
+    """The whole comparison on stdout."""
+    if json:
+        show.print_json(found.to_json())
+        return
+    out = show.console()
+    shown = columns(found)
+    heads = [column.short for column in shown]
+    table = show.table("format", *heads, right=heads)
+    for row in found.rows:
+        if row.failure:
+            continue
+        name = escape(printable(row.name))
+        name = f"[bold]{name}[/]" if row.name == found.smallest else name
+        mark = " [cyan]•[/]" if row.name in found.front else ""
+        table.add_row(name + mark, *(escape(column.cell(row)) for column in shown))
+    out.print(table)
+    for row in found.rows:
+        for note in (row.failure,) if row.failure else row.notes:
+            out.print(f"[yellow]{escape(printable(row.name))}:[/] {escape(printable(note, 1000))}")
+    _samples(found)
+    out.print(escape(words.measured(found)), soft_wrap=True)
+    if said := words.front(found):
+        out.print(f"{escape(said)}", soft_wrap=True)
+    out.print(f"[bold]{escape(words.smallest(found))}[/]", soft_wrap=True)
+    for path in found.files.values():
+        out.print(escape(printable(path)), soft_wrap=True)
+
+
+def _samples(found: Comparison) -> None:
+    """The first prompt; all of them are in the report."""
+    out = show.console()
+    rows = [row for row in found.rows if row.samples]
+    if not rows:
+        return
+    out.print(f"prompt: [italic]{escape(printable(rows[0].samples[0].prompt))}[/]")
+    for row in rows:
+        text = escape(printable(row.samples[0].text))
+        out.print(f"  {escape(printable(row.name))}: [italic]{text}[/]")
