@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from rich.markup import escape
 
 from qconvert.cli import show
 from qconvert.comparing import words
-from qconvert.comparing.columns import columns, kl
+from qconvert.comparing.columns import Column, columns, kl
 from qconvert.comparing.result import SOURCE, Comparison, Row
 from qconvert.errors import printable
 
@@ -27,17 +29,18 @@ def show_comparison(found: Comparison, *, json: bool) -> None:
         show.print_json(found.to_json())
         return
     out = show.console()
-    shown = columns(found)
-    heads = [column.short for column in shown]
-    table = show.table("format", *heads, right=heads)
-    for row in found.rows:
-        if row.failure:
-            continue
-        name = escape(printable(row.name))
-        name = f"[bold]{name}[/]" if row.name == found.smallest else name
-        mark = " [cyan]•[/]" if row.name in found.front else ""
-        table.add_row(name + mark, *(escape(column.cell(row)) for column in shown))
-    out.print(table)
+    rows = [row for row in found.rows if not row.failure]
+    for shown in _side_by_side(columns(found), rows, out.width):
+        heads = [column.short for column in shown]
+        table = show.table("format", *heads, right=heads)
+        for column in table.columns:
+            column.no_wrap = True
+        for row in rows:
+            name = escape(printable(row.name))
+            name = f"[bold]{name}[/]" if row.name == found.smallest else name
+            mark = " [cyan]•[/]" if row.name in found.front else ""
+            table.add_row(name + mark, *(escape(column.cell(row)) for column in shown))
+        out.print(table)
     for row in found.rows:
         for note in (row.failure,) if row.failure else row.notes:
             out.print(f"[yellow]{escape(printable(row.name))}:[/] {escape(printable(note, 1000))}")
@@ -48,6 +51,23 @@ def show_comparison(found: Comparison, *, json: bool) -> None:
     out.print(f"[bold]{escape(words.smallest(found))}[/]", soft_wrap=True)
     for path in found.files.values():
         out.print(escape(printable(path)), soft_wrap=True)
+
+
+def _side_by_side(
+    every: Sequence[Column], rows: Sequence[Row], width: int
+) -> Iterator[list[Column]]:
+    """The columns in as many tables as the screen is narrow."""
+    first = max(len(row.name) for row in rows) + 2
+    shown: list[Column] = []
+    taken = first
+    for column in every:
+        wide = max(len(column.short), *(len(column.cell(row)) for row in rows)) + 2
+        if shown and taken + wide > width:
+            yield shown
+            shown, taken = [], first
+        shown.append(column)
+        taken += wide
+    yield shown
 
 
 def _samples(found: Comparison) -> None:

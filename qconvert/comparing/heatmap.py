@@ -45,6 +45,8 @@ _ACROSS = 3
 """Maps beside each other in one picture."""
 _SPREAD = 1.5
 """Least ratio of the scale's ends: less would make much of nothing."""
+_LEAST = 1e-6
+"""What is less has the scale's first colour."""
 
 Place = tuple[str, int | None]
 """The path of a stack of blocks and a number; None outside of all blocks."""
@@ -85,8 +87,7 @@ def scale_of(rows: Sequence[Row]) -> Scale | None:
     errors = [error for row in rows for error in row.layers.values()]
     if not errors:
         return None
-    positive = [error for error in errors if error > 0] or [1e-6]
-    low, high = min(positive), max(positive)
+    low, high = max(min(errors), _LEAST), max(errors)
     return Scale(low, max(high, low * _SPREAD))
 
 

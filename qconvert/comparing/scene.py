@@ -31,16 +31,17 @@ LIGHT: Mapping[str, str] = {
     "surface": "#ffffff", "ink": "#1b1f24", "muted": "#59636e", "grid": "#e4e8ec",
     "axis": "#8c959f", "accent": "#0a5bd3", "other": "#8a6d1d", "bound": "#b3261e",
     "kept": "#eef0f2", "hatch": "#b4bcc4",
-    **_mixed("f1f6fc d9e9f8 bad8f2 93c2ea 68a8de 3884c9 1f65ae 124788 0b2c59"),
+    **_mixed("f1f6fc d9e9f8 b5d4f0 7fb2e2 4585c4 2f74b8 1f5fa6 124788 0b2c59"),
 }  # fmt: skip
 DARK: Mapping[str, str] = {
     "surface": "#14181d", "ink": "#e8ecf0", "muted": "#9aa5b1", "grid": "#272e36",
     "axis": "#6b7682", "accent": "#6cb0ff", "other": "#d8b45a", "bound": "#ff8a80",
     "kept": "#20262d", "hatch": "#4a545f",
-    **_mixed("17283a 18344f 1b4368 1f5280 27639a 4489c6 6ba8de 9cc8ef d3e7fa"),
+    **_mixed("17283a 18344f 1b4368 245d8e 3178b4 4489c6 6ba8de 9cc8ef d3e7fa"),
 }  # fmt: skip
 ON_HEAT = 17
-"""The step from which a figure on the heat has the surface's colour, and not that of ink."""
+"""The step from which a figure on the heat has the surface's colour, and not that of ink: there the
+contrast with either is 4."""
 
 CHARACTER = 0.6
 """Width of a character on average, over the size of the type."""

@@ -21,7 +21,7 @@ Tensor = Any
 PROMPT_TOKENS = 512
 NEW_TOKENS = 32
 _RUNS = 5
-_SECONDS = 6.0
+_SECONDS = 4.0
 """After which no further run is begun."""
 
 
