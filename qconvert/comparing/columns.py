@@ -81,7 +81,7 @@ def columns(comparison: Comparison) -> Sequence[Column]:
             lambda row: _rate(row.decode_rate),
         ),
         Column(
-            "in quantized layers", "in layers",
+            "bits in quantized layers", "in layers",
             "The same over the quantized layers alone.",
             lambda row: _number(row.layer_bits, 2),
         ),

@@ -68,13 +68,19 @@ def open_entrants(targets: Sequence[str | Path], progress: Progress | None = Non
 def named(entrants: Sequence[Entrant]) -> list[Entrant]:
     """The same, each with a name of its own: the method's, or else the folder's."""
     names = [_short(entrant) for entrant in entrants]
-    folders = [entrant.stored.root.name for entrant in entrants]
+    folders = [_folder(entrant) for entrant in entrants]
     found: list[Entrant] = []
     for entrant, name, folder in zip(entrants, names, folders, strict=True):
         if names.count(name) > 1 or name == SOURCE:
             name = folder if folders.count(folder) == 1 else entrant.target
         found.append(replace(entrant, name=printable(name, 60)))
     return found
+
+
+def _folder(entrant: Entrant) -> str:
+    """A folder's name without that of the model, which all of them have in common."""
+    name = entrant.stored.root.name
+    return name.removeprefix(f"{entrant.facts.source_name}-") or name
 
 
 def _short(entrant: Entrant) -> str:

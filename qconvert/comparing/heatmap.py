@@ -25,6 +25,7 @@ from qconvert.comparing.scene import (
     Words,
     headed,
     moved,
+    shortened,
     text_width,
 )
 
@@ -45,6 +46,8 @@ _ACROSS = 3
 """Maps beside each other in one picture."""
 _SPREAD = 1.5
 """Least ratio of the scale's ends: less would make much of nothing."""
+_LONGEST = 26
+"""Characters of a map's heading."""
 _LEAST = 1e-6
 """What is less has the scale's first colour."""
 
@@ -143,16 +146,14 @@ def panel(row: Row, grid: Grid, scale: Scale) -> Scene:
     longest = max((text_width(label, _SIZE) for label in grid.labels), default=0)
     upright = longest > _CELL + 6
     left = 10 + max(text_width(_block_name(place, grid), _SIZE) for place in grid.places)
-    top = 26 + (longest if upright else _SIZE) + 6
+    top = 42 + (longest if upright else _SIZE) + 6
     wide = max(_CELL, 0 if upright else longest + 8)
     high = min(_HIGHEST, max(_LOWEST, _MAP / len(grid.places)))
-    whole = ""
+    name = shortened(row.name, _LONGEST)
+    shapes: list[Shape] = [Words(0, 14, name, size=14, bold=True)]
     if row.weight_error is not None:
         whole = f"{significant(100 * row.weight_error)} % over all"
-    shapes: list[Shape] = [
-        Words(0, 14, row.name, size=14, bold=True),
-        Words(text_width(row.name, 15) + 8, 14, whole, "muted", _SIZE),
-    ]
+        shapes.append(Words(0, 30, whole, "muted", _SIZE))
     for column, label in enumerate(grid.labels):
         x = left + (column + 0.5) * wide
         if upright:
@@ -173,7 +174,7 @@ def panel(row: Row, grid: Grid, scale: Scale) -> Scene:
                 shapes += _cell(x, y, wide - gap, high - gap, names, row, scale)
     size = left + wide * len(grid.kinds), top + high * len(grid.places)
     return Scene(
-        max(size[0], text_width(row.name, 15) + 8 + text_width(whole, _SIZE)),
+        max(size[0], text_width(name, 15)),
         size[1],
         f"Relative error of each layer, {row.name}",
         f"Rows are blocks, columns are kinds of layer. {_extremes(row)}",

@@ -51,7 +51,7 @@ def _sections(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
 
 
 def _header(comparison: Comparison) -> str:
-    commit = f" at {comparison.revision[:12]}" if comparison.revision else ""
+    commit = f", commit {comparison.revision[:12]}" if comparison.revision else ""
     answer = "".join(
         f'<p class="{name}">{_text(said)}</p>'
         for name, said in (
@@ -120,12 +120,15 @@ def _plot(comparison: Comparison) -> str:
         return ""
     narrow = pareto.scene(comparison, pareto.NARROW, pareto.NARROW)
     assert narrow is not None
+    beaten = ""
+    if "Beaten" in words.front(comparison):
+        beaten = ', <span class="dot hollow"></span> beaten by another in both'
     return (
         f'<figure class="wide">{svg.element(scene, "plot")}</figure>'
         f'<figure class="narrow">{svg.element(narrow, "plot-narrow")}</figure>'
-        '<p class="small">Left and low is better. <span class="dot"></span> on the Pareto front, '
-        '<span class="dot hollow"></span> beaten by another in both. The source has '
-        f"{comparison.rows[0].bits or 0:.0f} bits and no divergence, and is not drawn.</p>"
+        f'<p class="small">Left and low is better. <span class="dot"></span> On the Pareto front'
+        f"{beaten}. The source has {comparison.rows[0].bits or 0:.0f} bits and no divergence, and "
+        "is not drawn.</p>"
     )
 
 

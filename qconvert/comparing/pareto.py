@@ -13,7 +13,7 @@ from itertools import pairwise
 from math import ceil, cos, floor, log10, pi, sin
 
 from qconvert.comparing.result import Comparison
-from qconvert.comparing.scene import Dot, Line, Scene, Shape, Words, text_width
+from qconvert.comparing.scene import Dot, Line, Scene, Shape, Words, shortened, text_width
 
 WIDTH, HEIGHT = 960.0, 460.0
 NARROW = 380.0
@@ -26,6 +26,8 @@ LEAST = 1e-6
 _RINGS = (13.0, 18.0, 26.0, 38.0, 54.0, 74.0)
 _ANGLES = (0, 330, 30, 180, 210, 150, 270, 90, 300, 60, 240, 120)
 _TICKS = 7
+_LONGEST = 24
+"""Characters of a name."""
 
 Rectangle = tuple[float, float, float, float]
 """left, top, right, bottom"""
@@ -67,14 +69,15 @@ def scene(comparison: Comparison, width: float = WIDTH, height: float = HEIGHT) 
     taken = [_bound_box(axes, comparison.bound), *_around_lines(stair)]
     y = axes.y(comparison.bound)
     taken.append((axes.left, y - 1, axes.right, y + 1))
-    for name, label in place(places, frame, taken).items():
+    said = {name: shortened(name, _LONGEST) for name in places}
+    for name, label in place(places, frame, taken, said).items():
         x, y = places[name]
         if label.led:
-            box = label.box(name)
+            box = label.box(said[name])
             end = (min(max(x, box[0]), box[2]), min(max(y, box[1] + 3), box[3]))
             shapes.append(Line(((x, y), end), "axis"))
         bold = name == comparison.smallest
-        shapes.append(Words(label.x, label.y, name, "ink", _SIZE, label.anchor, bold))
+        shapes.append(Words(label.x, label.y, said[name], "ink", _SIZE, label.anchor, bold))
     for name, (x, y) in places.items():
         bits, kl = points[name]
         on_front = name in front
@@ -98,11 +101,14 @@ def scene(comparison: Comparison, width: float = WIDTH, height: float = HEIGHT) 
 
 
 def place(
-    points: Mapping[str, tuple[float, float]], frame: Rectangle, taken: Sequence[Rectangle] = ()
+    points: Mapping[str, tuple[float, float]],
+    frame: Rectangle,
+    taken: Sequence[Rectangle],
+    said: Mapping[str, str],
 ) -> dict[str, Label]:
     """A place for the name of each point, within the frame, off all points, names and `taken`.
 
-    Where nothing is free, the place that covers least.
+    `said` is how each name is written. Where nothing is free, the place that covers least.
     """
     dots = [(x - 10, y - 10, x + 10, y + 10) for x, y in points.values()]
     names: list[Rectangle] = list(taken)
@@ -112,13 +118,13 @@ def place(
         label = min(
             enumerate(candidates),
             key=lambda item: (
-                _outside(item[1].box(name), frame)
-                + sum(_overlap(item[1].box(name), other) for other in [*dots, *names]),
+                _outside(item[1].box(said[name]), frame)
+                + sum(_overlap(item[1].box(said[name]), other) for other in [*dots, *names]),
                 item[0],
             ),
         )[1]
         found[name] = label
-        names.append(label.box(name))
+        names.append(label.box(said[name]))
     return found
 
 

@@ -135,6 +135,14 @@ def headed(scene: Scene, heading: str) -> Scene:
     )
 
 
+def shortened(text: str, most: int) -> str:
+    """At most so many characters; the ends are kept, since names differ there."""
+    if len(text) <= most:
+        return text
+    tail = most // 2
+    return f"{text[: most - tail - 1]}…{text[-tail:]}"
+
+
 def text_width(text: str, size: float) -> float:
     """About how wide a line of text is, on the safe side."""
     return len(text) * CHARACTER * size

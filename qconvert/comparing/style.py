@@ -35,7 +35,7 @@ background:var(--surface)}}
 th[scope=row]{{font-weight:400;white-space:normal;min-width:11rem;max-width:18rem}}
 .detail{{display:block;font-size:.78rem;line-height:1.35;font-weight:400}}
 .source td,.source th{{color:var(--muted)}}
-.failed td{{text-align:left;color:var(--bound)}}
+.failed td{{white-space:normal;min-width:16rem;text-align:left;color:var(--bound)}}
 .error{{color:var(--muted);font-size:.8em}}
 .marks{{display:inline-flex;flex-wrap:wrap;gap:.3rem;margin:0 0 .1rem .5rem;vertical-align:.08rem}}
 .marks+.marks{{margin-left:0}}

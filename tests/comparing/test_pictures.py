@@ -46,7 +46,8 @@ def test_all_text_can_be_read(palette: dict[str, str]) -> None:
 )
 def test_names_do_not_cover_each_other(spots: list[tuple[float, float]]) -> None:
     points = {f"hqq:{at} ct": spot for at, spot in enumerate(spots)}
-    boxes = {name: label.box(name) for name, label in pareto.place(points, FRAME).items()}
+    places = pareto.place(points, FRAME, [], {name: name for name in points})
+    boxes = {name: label.box(name) for name, label in places.items()}
     for left, top, right, bottom in boxes.values():
         assert FRAME[0] <= left < right <= FRAME[2]
         assert FRAME[1] <= top < bottom <= FRAME[3]
