@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def compare(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qconvert-compare-")))
         failed: list[Row] = []
-        if to or (len(targets) == 1 and not _is_quantized(targets[0])):
+        converts = bool(to) or (len(targets) == 1 and not _is_quantized(targets[0]))
+        if converts:
             checkpoint, made = making.make(
                 str(targets[0]), to or making.DEFAULT, output or scratch / "made",
                 keep=output is not None, revision=revision, device=device, threads=threads,
@@ -100,12 +102,17 @@ def compare(
                 if not it.failure
             ]
         else:
+            if output is not None:
+                raise UsageError(
+                    "--output is where a model is converted to, and these are quantized",
+                    hint=f"--report {output / writing.REPORT}",
+                )
             found = opening.open_entrants(targets, progress)
             checkpoint = opening.find_source(found, against)
         bench = _Bench(
             localize(checkpoint, progress), scratch, main, text or HELD_OUT, tokens, seed, progress
         )
-        rows = bench.rows(found, kept=output is not None or not to, on_row=on_row)
+        rows = bench.rows(found, kept=output is not None or not converts, on_row=on_row)
         about = bench.about
     whole = Comparison(
         model=checkpoint.repo_id or checkpoint.name,
@@ -147,7 +154,7 @@ def _refuse(
         raise UsageError(
             "--revision is one model's, and several are named", hint="org/name@revision"
         )
-    if not bound > 0:
+    if not 0 < bound < inf:
         raise UsageError(f"--bound {bound}: expected a KL divergence above 0", hint="--bound 0.05")
     if tokens is not None and tokens < 2:
         raise UsageError(f"--tokens {tokens}: expected at least 2", hint="--tokens 2048")
@@ -164,12 +171,8 @@ def _is_quantized(target: str | Path) -> bool:
     """Whether it is a checkpoint that can be compared as it is."""
     try:
         open_target(target)
-    except (UsageError, UnsupportedConfig):
+    except (UsageError, UnsupportedConfig, NotFound):  # or no checkpoint, as its opening will say
         return False
-    except NotFound:
-        if str(target) == "demo":
-            return False
-        raise
     return True
 
 

@@ -56,7 +56,10 @@ def read_text(
 
 
 def windows_of(folder: Path, text: Path, config: Any, *, budget: int, seed: int) -> Text:
-    """The same with about as many tokens as `budget` says, in windows that the model can take."""
+    """The same with about as many tokens as `budget` says, in windows that the model can take.
+
+    Fewer where the text has no more.
+    """
     sizes = config.get_text_config()
     vocab = int(sizes.vocab_size)
     positions = getattr(sizes, "max_position_embeddings", None) or WINDOW
@@ -68,8 +71,12 @@ def windows_of(folder: Path, text: Path, config: Any, *, budget: int, seed: int)
         [tokens] = words.encode([text.read_text("utf-8")[: 8 * count * window]])
     except (OSError, ValueError) as why:
         return _random(vocab, count, window, seed, f"random tokens ({why})")
-    if len(tokens) < count * window or max(tokens) >= vocab:
+    if max(tokens, default=vocab) >= vocab:
         return _random(vocab, count, window, seed, "random tokens (the tokenizer does not fit)")
+    window = min(window, len(tokens))
+    count = min(count, len(tokens) // window)
+    if count * window < 2:
+        return _random(vocab, 1, MIN_TOKENS, seed, "random tokens (the text is too short)")
     ids = torch.tensor(tokens[: count * window], dtype=torch.int64).reshape(count, window)
     return Text(ids, ids[:1, :PROMPT_TOKENS], f"held-out text {text.name}", words.decode)
 

@@ -159,6 +159,7 @@ def test_a_source_that_has_gone(folders: Folders, tmp_path: Path) -> None:
         (["demo"], {"to": ("int9",)}, "unknown method 'int9'"),
         (["demo"], {"bound": 0.0}, "above 0"),
         (["demo"], {"bound": float("nan")}, "above 0"),
+        (["demo"], {"bound": float("inf")}, "above 0"),
         (["demo"], {"tokens": 1}, "at least 2"),
         (["demo"], {"text": Path("/nowhere.txt")}, "no text to read"),
         (["/nowhere/a", "/nowhere/b"], {}, "no such folder"),
@@ -178,6 +179,8 @@ def test_what_is_no_two_quantized_folders(folders: Folders, source: Path, tmp_pa
         compare([folders["int8"], source])
     with pytest.raises(NotFound):
         compare([tmp_path / "nothing"])
+    with pytest.raises(UsageError, match="--output is where a model is converted to"):
+        compare(list(folders.values()), output=tmp_path / "there")
     text = tmp_path / "text"
     text.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="not UTF-8"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qconvert.comparing import measuring, reference, speed
@@ -86,6 +88,30 @@ def test_the_sources_perplexity_is_that_of_transformers(
     assert own.about == {**own.about, "tokens": ids.numel(), "prompt_tokens": 96}
     assert len(own.samples) == reference.PROMPTS
     assert len({sample["prompt"] for sample in own.samples}) == reference.PROMPTS
+
+
+def test_a_text_shorter_than_asked_for(measured: Any, demo: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("A short text, which a model has read soon.\n")
+    [own] = measured(demo, tokens=2048, text=str(text))
+    assert 5 < own.about["tokens"] < 30
+    assert own.about["text"] == "held-out text text"
+    assert len(own.samples) == 1  # there is no paragraph to begin another with
+    text.write_text("")
+    [own] = measured(demo, tokens=2048, text=str(text), reference=str(tmp_path / "again"))
+    assert own.about["text"].startswith("random tokens")
+
+
+def test_outputs_that_are_no_numbers_are_no_agreement(
+    measured: Any, source: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(folders["int8"], tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    [_, found] = measured(source, broken)
+    assert math.isnan(found.figures["kl"])
+    assert "its outputs are not all finite" in found.notes
 
 
 def test_a_model_without_logits(measured: Any, tmp_path: Path) -> None:
