@@ -38,6 +38,8 @@ class Accelerator:
 
     def __call__(self, method: Method, block: Array, dtype: str) -> Parts:
         """Same arrays as `method.quantize(block, dtype)`; raises OutOfMemory, NonFinite."""
+        if not hasattr(method, "quantize_torch"):  # another package's, for CPUs alone
+            return method.quantize(block, dtype)
         out_of_memory = self._torch.OutOfMemoryError
         try:
             try:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from math import ceil
 
+from qconvert import mixture
 from qconvert.containers.aqlm import expert_names
 from qconvert.linears import generalize
+from qconvert.methods.aqlm import TOKENS_PER_COLUMN
 from qconvert.types import Kind, Plan, PlanEntry
 
 _SHOWN = 3
@@ -15,19 +18,39 @@ _SHOWN = 3
 
 def on_calibrated(plan: Plan, skip: str | None) -> tuple[str, ...]:
     """Warnings of a plan whose format has one scheme for the whole model."""
-    found = (heavy_codebooks(plan.entries, skip), unlisted_experts(plan))
+    found = (heavy_codebooks(plan.entries, skip), unlisted_experts(plan), starved_experts(plan))
     return tuple(warning for warning in found if warning)
 
 
 def unlisted_experts(plan: Plan) -> str:
     """A warning where transformers 4 cannot be told which experts stay as they are, or ""."""
     experts = sum(role.kind is Kind.EXPERT for role in plan.structure.roles.values())
-    if not experts or expert_names(plan):
+    if not experts or expert_names(plan) or mixture.modules(plan.structure, plan.quantized()):
         return ""
     return (
         f"transformers 4 will not load this: it would have to be told {experts:,} experts by name, "
         "a list that takes transformers 5 minutes to read"
     )
+
+
+def starved_experts(plan: Plan) -> str:
+    """A warning where the text is too short for experts that each read a part of it, or ""."""
+    samples, seqlen = (int(plan.calibration.get(key) or 0) for key in ("nsamples", "seqlen"))
+    parts = mixture.parts_of_text(plan.structure, plan.checkpoint.config)
+    roles = plan.structure.roles
+    for entry in sorted(plan.quantized(), key=lambda e: -e.layer.in_features if e.layer else 0):
+        part = parts.get(roles[entry.tensor.name].module)
+        if part is None or entry.layer is None or not samples * seqlen:
+            continue
+        each, enough = int(part * samples * seqlen), TOKENS_PER_COLUMN * entry.layer.in_features
+        if each >= enough:
+            return ""
+        return (
+            f"an expert reads {each:,} tokens of calibration on average, few for layers of "
+            f"{entry.layer.in_features:,} columns: {enough:,} or more are needed "
+            f"(--nsamples {ceil(enough / (part * seqlen))})"
+        )
+    return ""
 
 
 def heavy_codebooks(entries: Sequence[PlanEntry], skip: str | None) -> str:

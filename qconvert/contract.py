@@ -5,6 +5,9 @@ becomes: local name, dtype, shape formula, constant value. The planner computes 
 writer and the validator check against it, and FORMAT.md's tables are generated from it, so the
 four cannot drift apart.
 
+A format of another package is a folder of the same kind, which its `FormatInfo` names; see
+`extensions.py`.
+
 Formulas are Python expressions over the layer's and the method's numbers (`out_features`,
 `in_features`, `group_size`, …). They are evaluated by a walker that knows integers, names,
 arithmetic, comparisons and conditionals, and nothing else: a contract folder may come from a
@@ -17,13 +20,15 @@ import ast
 import json
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from qconvert import extensions
 from qconvert.errors import UsageError
+from qconvert.extensions import Extension, Unusable
 from qconvert.types import Container, Layer, Method, TensorSpec
 
 Value = int | float | str | bool | None
@@ -120,12 +125,32 @@ class Band:
 _BAND_KEYS = {field.name for field in fields(Band)}
 
 
-class Contract:
-    """formats/<name>: what its loaders read."""
+@dataclass(frozen=True, slots=True)
+class FormatInfo:
+    """A format of another package: what an entry point of the group `qconvert.formats` names.
 
-    def __init__(self, name: str, root: Path) -> None:
+    The entry point's name is that of the container, and `quant_method` in config.json.
+    """
+
+    folder: Path
+    """With tensors.json, quantization_config.schema.json, FORMAT.md and USAGE.md."""
+    container: str
+    """`module:SINGLETON` that implements types.Container."""
+    loader: str = ""
+    """`module:callable` that the reload level calls with (folder, dtype=, device=).
+
+    dtype is torch's, device "cpu" or "cuda". It returns the model and what `from_pretrained` calls
+    its loading info: a mapping with missing_keys, unexpected_keys, mismatched_keys and error_msgs.
+    """
+
+
+class Contract:
+    """formats/<name>: what its loaders read. `added` is None unless another package brings it."""
+
+    def __init__(self, name: str, root: Path, added: Extension | None = None) -> None:
         self.name = name
         self.root = root
+        self.added = added
         self.data: dict[str, Any] = json.loads((root / "tensors.json").read_text("utf-8"))
 
     @property
@@ -147,9 +172,22 @@ class Contract:
 
     @property
     def no_reload(self) -> str:
-        """Why no stock loader can be tried in a process without a network, or ""."""
+        """Why no loader can be tried in a process without a network, or ""."""
         reason: str = self.data.get("no_reload", "")
+        if self.added is not None and not self.loader:
+            reason = reason or f"{self.added.package} names no loader of {self.name}"
         return reason
+
+    @property
+    def libraries(self) -> Sequence[str]:
+        """The packages, as pip names them, with which transformers reads it."""
+        found: Sequence[str] = self.data.get("libraries", [self.name] if self.variants else [])
+        return found
+
+    @property
+    def loader(self) -> str:
+        """The loader of a format that another package brings, as `FormatInfo.loader`; else ""."""
+        return self.added.value.loader if self.added is not None else ""
 
     @property
     def experts(self) -> Mapping[str, Any]:
@@ -234,10 +272,69 @@ def names() -> list[str]:
     return sorted(p.parent.name for p in formats_root().glob("*/tensors.json"))
 
 
+def all_names() -> list[str]:
+    """Every format that can be used here, those of other packages last."""
+    return [*names(), *(it.name for it in added().values() if not it.problem)]
+
+
+@cache
+def added() -> Mapping[str, Extension]:
+    """The formats of other packages, and those that cannot be used, by name."""
+    found = extensions.load(extensions.FORMATS, names(), _check_added)
+    return {it.name: it for it in reversed(found)}  # those in use come first, and win
+
+
+def load_added(name: str) -> Container | None:
+    """The container of a format of another package, or None if no package has that name."""
+    if name not in extensions.names(extensions.FORMATS):  # does not import any of them
+        return None
+    return _container(load(name))
+
+
 @cache
 def load(name: str) -> Contract:
     """The contract of a format; raises UsageError for an unknown name."""
     root = formats_root() / name
-    if not (root / "tensors.json").is_file():
+    if (root / "tensors.json").is_file():
+        return Contract(name, root)
+    if name not in extensions.names(extensions.FORMATS):
         raise UsageError(f"unknown format {name!r}", hint="qconvert formats")
-    return Contract(name, root)
+    found = added()[name]
+    if found.problem:
+        raise UsageError(f"{found} cannot be used: {found.problem}", hint="qconvert doctor")
+    return Contract(name, found.value.folder, found)
+
+
+_FILES = ("tensors.json", "quantization_config.schema.json", "FORMAT.md", "USAGE.md")
+_KEYS = {"quant_method", "skip_list", "loaders", "variants"}
+_VARIANT_KEYS = {"layer_class", "tensors", "error", "kl"}
+
+
+def _check_added(name: str, value: Any) -> None:
+    """Raises Unusable for what is no format, or is one whose folder lacks something."""
+    if not isinstance(value, FormatInfo):
+        raise Unusable(f"expected a qconvert.contract.FormatInfo, got {type(value).__name__}")
+    if missing := [file for file in _FILES if not (value.folder / file).is_file()]:
+        raise Unusable(f"{value.folder} has no {' and no '.join(missing)}")
+    data = Contract(name, value.folder).data
+    if missing := sorted(_KEYS - data.keys()):
+        raise Unusable(f"tensors.json has no {', '.join(missing)}")
+    if data["quant_method"] != name or not data["variants"]:
+        raise Unusable(f"tensors.json is of no format {name} that has variants")
+    for variant, says in data["variants"].items():
+        if missing := sorted(_VARIANT_KEYS - says.keys()):
+            raise Unusable(f"variant {variant} in tensors.json has no {', '.join(missing)}")
+
+
+def _container(of: Contract) -> Container:
+    """That of a format of another package; raises UsageError if there is none."""
+    assert of.added is not None
+    try:
+        found: Container = extensions.resolve(of.added.value.container)
+        if found.name != of.name:
+            raise Unusable(f"its container calls itself {found.name}")
+    except Exception as error:
+        raise UsageError(
+            f"{of.added} cannot be used: {extensions.in_words(error)}", hint="qconvert doctor"
+        ) from error
+    return found

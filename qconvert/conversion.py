@@ -174,16 +174,21 @@ def convert_together(
                 work.planned = replace(work.planned, checkpoint=checkpoint)
                 work.clock.lap("fetch")
     with ExitStack() as stack:
+        from qconvert.validation.reload import ReloadProcess
+
+        process = stack.enter_context(ReloadProcess())
         for work in works.values():
             stack.enter_context(work.staged.open(restart=work.request.restart))
         failures = stages.pour(list(works.values()), found, threads, progress) if works else []
+        for work in works.values():
+            work.clock.lap("pour")
         for (index, work), failure in zip(works.items(), failures, strict=True):
             if failure is not None:
                 end(index, stages.give_up(work, failure))
                 continue
+            work.clock.skip()  # the others' proofs
             try:
-                work.clock.skip()
-                result = stages.finish(work, progress)
+                result = stages.finish(work, progress, process)
                 end(index, stages.pushed(work, result, progress))
             except Interrupted:
                 raise
@@ -202,20 +207,37 @@ def _announce(works: Sequence[Work], on_plan: Callable[[Plan], None] | None) -> 
     stages.check_space(works)
 
 
+_READING = ("model", "revision", "stream", "device", "threads")
+
+
+def reading(request: Request) -> tuple[object, ...] | None:
+    """Requests of which this is the same share a read; None of one that shares it with nobody."""
+    if _why_apart(request) is not None:
+        return None
+    return tuple(getattr(request, name) for name in _READING)
+
+
+def _why_apart(request: Request) -> UsageError | None:
+    """Why a request cannot be converted together with others, if so."""
+    method = registry.info(request.method)
+    if method.calibrated:
+        return UsageError(f"{request.method} reads every block several times: convert it alone")
+    if method in (registry.DEQUANTIZE, registry.TRANSCODE):
+        return UsageError(f"{request.method} shares its source with no other method")
+    if request.hub_to_hub:
+        return UsageError(
+            "several formats cannot go from Hub to Hub in one read",
+            hint="name a folder with --output, or convert one after the other",
+        )
+    return None
+
+
 def _refuse_apart(requests: Sequence[Request]) -> None:
     one = requests[0]
     for request in requests:
-        method = registry.info(request.method)
-        if method.calibrated:
-            raise UsageError(f"{request.method} reads every block several times: convert it alone")
-        if method in (registry.DEQUANTIZE, registry.TRANSCODE):
-            raise UsageError(f"{request.method} shares its source with no other method")
-        if request.hub_to_hub:
-            raise UsageError(
-                "several formats cannot go from Hub to Hub in one read",
-                hint="name a folder with --output, or convert one after the other",
-            )
-        for name in ("model", "revision", "stream", "device", "threads"):
+        if why := _why_apart(request):
+            raise why
+        for name in _READING:
             if getattr(request, name) != getattr(one, name):
                 raise UsageError(f"requests that differ in {name} do not share a read")
 

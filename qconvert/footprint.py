@@ -8,16 +8,26 @@ solved; while it pours, the block is gone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 from qconvert import modelconfig
 from qconvert.blocks import Blocks, block_of
 from qconvert.hub.window import held_bytes
 from qconvert.tiles import TILE_ELEMENTS
-from qconvert.types import ITEMSIZE, JSON, Action, Checkpoint, Encoded, PlanEntry, Structure
+from qconvert.types import (
+    ITEMSIZE,
+    JSON,
+    Action,
+    Checkpoint,
+    Encoded,
+    Kind,
+    Layer,
+    PlanEntry,
+    Structure,
+)
 
 SMALL_FILES_BYTES = 4_000_000
 """Card, report, manifest, journal, run log: bounded, not predicted."""
@@ -59,6 +69,12 @@ class Calibrating:
     settings: JSON
     """`nsamples`, `seqlen` and `tune`, where they are known."""
     config: JSON
+    parts: Mapping[str, float]
+    """Of the text that one of the experts at a path in memory reads: `mixture.parts_of_text`."""
+
+    def part(self, layer: Layer) -> float:
+        """Of all tokens, those that reach a layer."""
+        return self.parts.get(self.structure.roles[layer.tensor.name].module, 1.0)
 
     @property
     def seqlen(self) -> int:
@@ -152,7 +168,8 @@ def _block_bytes(members: Sequence[PlanEntry], need: Calibrating) -> int:
     """Memory that one block takes at the hungrier of two moments.
 
     Always: its weights in float32, and a Hessian (float32, in_features²) for each layer; that is
-    an upper bound, since layers that read the same input share one.
+    an upper bound, since layers that read the same input share one (of an expert's three, the two
+    that are alike are known to).
 
     Solving a layer: the largest Hessian twice more (damped, and its factor), six times the largest
     layer, and the scores of candidates.
@@ -166,18 +183,30 @@ def _block_bytes(members: Sequence[PlanEntry], need: Calibrating) -> int:
     if not layers:
         return weights
     widths: list[int] = [layer.in_features for layer in layers]
-    hessians = 4 * sum(width * width for width in widths)
+    hessians = 4 * sum(layer.in_features**2 for layer in _readers(members, need))
     largest: int = 4 * max(layer.out_features * layer.in_features for layer in layers)
     solving = 8 * max(widths) ** 2 + _LAYER_COPIES * largest + _SCORES_BYTES
 
     codes, tuned = _counts(members)
     tokens = max(_MICRO_TOKENS, need.seqlen)
-    ends: int = sum(layer.in_features + layer.out_features for layer in layers)
+    ends: int = ceil(sum(need.part(it) * (it.in_features + it.out_features) for it in layers))
     heads = need.size("num_attention_heads", "n_head")
     activations = 4 * tokens * (ends + heads * need.seqlen)
     quantized: int = sum(layer.out_features * layer.in_features for layer in layers)
     tuning = 8 * (codes + quantized) + _LEARNER_BYTES * tuned + _ACTIVATION_COPIES * activations
     return weights + hessians + max(solving, tuning)
+
+
+def _readers(members: Sequence[PlanEntry], need: Calibrating) -> Iterable[Layer]:
+    """A layer for each input, as far as that is known: an expert's gate and up read the same."""
+    found: dict[object, Layer] = {}
+    for layer in (entry.layer for entry in members if entry.layer is not None):
+        key: object = layer.name
+        square = layer.in_features == layer.out_features
+        if need.structure.roles[layer.tensor.name].kind is Kind.EXPERT and not square:
+            key = layer.name.rpartition(".")[0], layer.tensor.shape
+        found.setdefault(key, layer)
+    return found.values()
 
 
 def _end_to_end_bytes(

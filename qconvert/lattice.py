@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qconvert import arrays
-from qconvert.decoding.own import Transposed
+from qconvert.decoding.own import Tiled, Transposed
 from qconvert.decoding.scaled import Floats, Known, Scaled
 from qconvert.errors import UsageError
 from qconvert.lazy import np
@@ -75,6 +75,8 @@ def lattice(how: Encoded, in_features: int) -> Lattice | str:
     """How a tensor is stored as a lattice, or why it is none."""
     if isinstance(how, Transposed):
         return "it is a Conv1D"
+    if isinstance(how, Tiled):
+        return "another package alone knows its codes"
     if not isinstance(how, Scaled) or not isinstance(how.meaning, Known):
         return "its codes number the values of a codebook"
     bits = _BITS.get(how.meaning.name)

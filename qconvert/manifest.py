@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qconvert import digest, mixture, upstream
+from qconvert import digest, extensions, mixture, upstream
 from qconvert.planning import with_calibration
 from qconvert.staging import MANIFEST_NAME
 from qconvert.types import JSON, Check, Plan, Report, Verdict
@@ -27,7 +27,9 @@ RUN_LOG_NAME = "qconvert-run.json"
 
 COMPUTING = ("qconvert", "torch", "triton", "transformers", "numpy", "numba")
 """Whose versions may change a bit of a result."""
-_LIBRARIES = (*COMPUTING[1:], "bitsandbytes", "compressed-tensors", "hqq", "safetensors")
+BESIDE = ("bitsandbytes", "compressed-tensors", "hqq", "safetensors")
+"""Whose versions change none: their readers, and what only reads headers."""
+_LIBRARIES = (*COMPUTING[1:], *BESIDE)
 _SCHEMA = 1
 
 
@@ -100,12 +102,15 @@ def make_manifest(
             "verdict": verdict,
             "reports": [asdict(report) for report in reports],
         },
-        "versions": versions(),
+        "versions": versions(plan),
     }
 
 
-def versions() -> dict[str, str]:
-    """qconvert, Python and the libraries that are installed; reads metadata, imports nothing."""
+def versions(plan: Plan | None = None) -> dict[str, str]:
+    """qconvert, Python, the libraries that are installed, and packages that add what `plan` uses.
+
+    Reads metadata, imports nothing.
+    """
     from importlib.metadata import PackageNotFoundError, version  # 20 ms
 
     found = {"qconvert": __version__, "python": platform.python_version()}
@@ -114,7 +119,7 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return found | (extensions.packages(plan.method, plan.container) if plan else {})
 
 
 def report_from(data: JSON) -> Report:

@@ -112,10 +112,14 @@ def note(cell: Cell) -> str:
 def of_format(name: str) -> list[JSON]:
     """The loaders of a format: "loader", "versions" that read it, "status" in a sentence.
 
-    Rows that a loader treats alike are one entry, the others name their row.
+    Rows that a loader treats alike are one entry, the others name their row. The format of another
+    package says itself who reads it, in its tensors.json.
     """
     matrix = load()
     rows = [row for row in matrix.rows if row.format == name]
+    if not rows and name in contract.added():
+        listed: list[JSON] = contract.load(name).data["loaders"]
+        return listed
     return [entry for column in matrix.columns for entry in _entries(rows, column)]
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from qconvert import contract
+from qconvert import contract, matrix, modelconfig
 from qconvert.errors import UsageError, printable
 from qconvert.linears import generalize
 from qconvert.types import (
@@ -133,12 +133,43 @@ def quantized(structure: Structure, layers: Iterable[Layer]) -> bool:
     )
 
 
+def modules(structure: Structure, entries: Iterable[PlanEntry]) -> tuple[str, ...]:
+    """Paths in memory of the fused experts of which some are quantized, one by one."""
+    roles = [structure.roles[entry.tensor.name] for entry in entries if entry.layer is not None]
+    return tuple(dict.fromkeys(role.module for role in roles if role.kind is Kind.EXPERT))
+
+
+def parts_of_text(structure: Structure, config: JSON) -> dict[str, float]:
+    """Path of fused experts in memory → the part of all tokens that one of them reads, on average.
+
+    1 where config.json does not say how many experts a token is sent to.
+    """
+    numbers: dict[str, set[str]] = {}
+    for name, role in structure.roles.items():
+        if role.kind is Kind.EXPERT:
+            numbers.setdefault(role.module, set()).add(name.rsplit(".", 3)[-3])
+    chosen = next(
+        (
+            part[key]
+            for part in reversed(modelconfig.sections(config))
+            for key in _CHOSEN
+            if isinstance(part.get(key), int)
+        ),
+        0,
+    )
+    return {path: min(1.0, chosen / len(it)) if chosen > 0 else 1.0 for path, it in numbers.items()}
+
+
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")
+"""What configs call the number of experts that a token is sent to."""
+
+
 def loaders(plan: Plan) -> list[JSON]:
-    """Who reads what this plan writes: rows of the format's tensors.json."""
+    """Who reads what this plan writes: "loader", "versions", "status"."""
     layers = [entry.layer for entry in plan.quantized() if entry.layer is not None]
     format_ = contract.load(plan.container.name)
     of_experts = format_.experts if quantized(plan.structure, layers) else {}
-    found: list[JSON] = of_experts.get("loaders", format_.data["loaders"])
+    found: list[JSON] = of_experts.get("loaders") or matrix.of_format(format_.name)
     return found
 
 

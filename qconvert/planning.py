@@ -16,7 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qconvert import advice, contract, linears, mixture, modelconfig, safepath, sidefiles
+from qconvert import (
+    advice,
+    contract,
+    extensions,
+    linears,
+    mixture,
+    modelconfig,
+    safepath,
+    sidefiles,
+)
 from qconvert.blocks import Blocks, block_of, find_blocks
 from qconvert.errors import UnsupportedConfig, UsageError
 from qconvert.footprint import SMALL_FILES_BYTES, Calibrating, peak_bytes, working_bytes
@@ -195,7 +204,9 @@ def with_calibration(plan: Plan, calibration: JSON, *, threads: int = 1) -> Plan
     disk = plan.total_bytes + SMALL_FILES_BYTES
     if getattr(plan.method, "calibrated", False):
         blocks = find_blocks(plan.structure)
-        need = Calibrating(plan.structure, blocks, calibration, plan.checkpoint.config)
+        config = plan.checkpoint.config
+        parts = mixture.parts_of_text(plan.structure, config)
+        need = Calibrating(plan.structure, blocks, calibration, config, parts)
         disk += working_bytes(plan.entries, need, plan.dtype)
     return replace(
         plan,
@@ -391,5 +402,6 @@ def _fingerprint(plan: Plan) -> str:
         "generated": {k: hashlib.sha256(v).hexdigest() for k, v in plan.generated.items()},
         "copied": dict(plan.copied),
         "qconvert": __version__,
+        **extensions.packages(plan.method, plan.container),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -15,7 +15,7 @@ from qconvert import devices, mixture, registry
 from qconvert.calibration.options import CalibrationOptions
 from qconvert.calibration.public import C4
 from qconvert.errors import CorruptFile, UsageError, printable
-from qconvert.manifest import COMPUTING, versions
+from qconvert.manifest import BESIDE, versions
 from qconvert.request import Request
 from qconvert.source import looks_local
 from qconvert.staging import MANIFEST_NAME
@@ -152,7 +152,7 @@ def check_text(recipe: Recipe, plan: Plan) -> None:
 def changes(recipe: Recipe, plan: Plan, device: str) -> dict[str, tuple[str | None, str | None]]:
     """What is not as it was, then and now: device, threads, versions. `device` computes now."""
     then: dict[str, str | None] = dict(recipe.versions)
-    now: dict[str, str | None] = dict(versions())
+    now: dict[str, str | None] = dict(versions(plan))
     if plan.calibration:
         for key in ("device", "threads"):
             then[key], now[key] = (
@@ -167,7 +167,7 @@ def changes(recipe: Recipe, plan: Plan, device: str) -> dict[str, tuple[str | No
 
 def may_differ(changed: Mapping[str, Any]) -> bool:
     """Whether what has changed may change a bit of the result."""
-    return not changed.keys().isdisjoint((*COMPUTING, "device", "threads"))
+    return bool(changed.keys() - {"python", *BESIDE})
 
 
 def _calibration(settings: JSON, model: str, given: str | Path | None) -> CalibrationOptions:

@@ -2,23 +2,25 @@
 
 A verb is a method. Where its codes can be stored in several ways, each is a `Layout`, and the first
 is what a user gets who says nothing of it. Modules are imported when they are needed, so that
-listing costs nothing. Third parties add theirs through the entry-point group `qconvert.methods`
-(each entry point is a `MethodInfo`), looked at only when a name is not built in.
+listing costs nothing. Other packages add theirs through the entry-point group `qconvert.methods`
+(each entry point is a `MethodInfo`; see `extensions.py`), looked at where all are listed, and where
+a name is not built in.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from keyword import iskeyword
 from typing import Any
 
+from qconvert import contract, extensions
 from qconvert.errors import UsageError, printable
+from qconvert.extensions import Extension, Unusable, resolve
 from qconvert.types import Container, Method
-
-GROUP = "qconvert.methods"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Layout:
 
     def load_container(self) -> Container:
         """The container's singleton."""
-        container: Container = _load(self.container)
+        container: Container = resolve(self.container)
         return container
 
 
@@ -49,6 +51,10 @@ class MethodInfo:
     bits: tuple[int, ...]
     options: Mapping[str, str] = field(default_factory=dict)
     """Option → one line of help, for those the user may set; `container` names a layout."""
+    types: Mapping[str, type] = field(default_factory=dict)
+    """Option → int, float, bool or str, where a verb is made of `options` alone: another package's.
+
+    str where nothing is said. Our own verbs are written by hand (`cli/convert_verbs.py`)."""
     calibrated: bool = False
     """Whether the result depends on what the model reads: the method takes `calibration`."""
 
@@ -60,7 +66,7 @@ class MethodInfo:
         self.refuse_unknown(options)
         layout = self._layout(options.get("container"))
         given = {k: v for k, v in options.items() if v is not None and k != "container"}
-        make = _load(layout.method)
+        make = resolve(layout.method)
         takes = inspect.signature(make).parameters
         if alien := sorted(given.keys() - (takes.keys() - layout.fixed.keys())):
             raise UsageError(
@@ -68,14 +74,21 @@ class MethodInfo:
                 f"{options.get('container') or next(iter(self.layouts))}",
                 hint=f"qconvert {self.verb} --help",
             )
-        for name in {"compute_dtype", "dtype"} & takes.keys():
+        for name in {"compute_dtype", "dtype"} & (takes.keys() - layout.fixed.keys()):
             given.setdefault(name, dtype)
+        if missing := _missing(takes, given.keys() | layout.fixed.keys()):
+            raise UsageError(
+                f"{self.verb} needs {missing}",
+                hint=f"qconvert {self.verb} --help",
+            )
         return make(**layout.fixed, **given), layout.load_container()
 
     def annotation(self, option: str) -> str:
         """The type of an option as the method's code names it ("int | None"); "" if it does not."""
+        if option in self.types:
+            return self.types[option].__name__
         for layout in self.layouts.values():
-            parameter = inspect.signature(_load(layout.method)).parameters.get(option)
+            parameter = inspect.signature(resolve(layout.method)).parameters.get(option)
             if parameter is not None and parameter.annotation is not inspect.Parameter.empty:
                 return inspect.formatannotation(parameter.annotation).strip("'")
         return ""
@@ -167,13 +180,23 @@ METHODS = (
                 "qconvert.methods.hqq:with_integer_zeros",
                 "qconvert.containers.compressed_tensors:COMPRESSED_TENSORS",
             ),
+            "gptq": Layout(
+                "qconvert.methods.hqq:with_integer_zeros",
+                "qconvert.containers.gptq:GPTQ",
+                {"compute_dtype": "F16", "zero": "middle"},
+            ),
+            "awq": Layout(
+                "qconvert.methods.hqq:awq",
+                "qconvert.containers.awq:AWQ",
+                {"compute_dtype": "F16"},
+            ),
         },
         bits=(8, 6, 5, 4, 3, 2, 1),
         options={
             "bits": "8, 6, 5, 4, 3, 2 or 1",
             "group_size": "weights that share scale and zero (default 64)",
             "axis": "1: groups along in_features (default); 0: across the flattened weight",
-            "container": _CONTAINER,
+            "container": f"{_CONTAINER}, gptq or awq",
             "zero": "of compressed-tensors: integer (at 4 bits) or middle, a symmetric grid (at 8)",
         },
     ),
@@ -231,31 +254,89 @@ def formats() -> list[str]:
     return list(dict.fromkeys(names))
 
 
-@cache
-def names() -> tuple[str, ...]:
-    """The names of all methods, those of entry points last."""
-    from importlib.metadata import entry_points
+RESERVED = frozenset({
+    "batch", "bnb", "card", "compare", "convert", "dequantize", "doctor", "formats", "inspect",
+    "plan", "push", "reproduce", "transcode", "validate", "verify",
+})  # fmt: skip
+"""Verbs that are no methods."""
+COMMON_OPTIONS = frozenset({
+    "calibration", "create_pr", "device", "disk", "dry_run", "epochs", "experts", "h", "help",
+    "json", "max_shard_bytes", "max_shard_size", "method", "model", "no_validate", "nsamples", "o",
+    "on_event", "output", "override", "overrides", "overwrite", "private", "progress", "public",
+    "push", "push_revision", "push_unverified", "q", "quiet", "repo_id", "restart", "revision",
+    "seed", "seqlen", "skip", "stream", "threads", "tune", "validate", "verb",
+})  # fmt: skip
+"""What a method can have no option of the name of: every verb has it, or a function of the API."""
+_OPTION = re.compile(r"[a-z][a-z0-9_]*")
 
-    added = sorted(entry_point.name for entry_point in entry_points(group=GROUP))
-    return (*(method.verb for method in METHODS), *added)
+
+def methods() -> tuple[MethodInfo, ...]:
+    """All methods, those of other packages last."""
+    return (*METHODS, *(it.value for it in added() if not it.problem))
+
+
+def names() -> tuple[str, ...]:
+    """The names of all methods, those of other packages last."""
+    return tuple(method.verb for method in methods())
+
+
+@cache
+def added() -> tuple[Extension, ...]:
+    """The methods of other packages, and after them those that cannot be used."""
+    taken = {*(method.verb for method in METHODS), *RESERVED}
+    return extensions.load(extensions.METHODS, taken, _check_added)
+
+
+def unusable() -> Iterator[Extension]:
+    """The methods and formats of other packages that are left out."""
+    yield from (it for it in (*added(), *contract.added().values()) if it.problem)
 
 
 def info(verb: str) -> MethodInfo:
-    """The method of that name, built in or from an entry point; raises UsageError."""
+    """The method of that name, built in or of another package; raises UsageError."""
     for method in (*METHODS, DEQUANTIZE, TRANSCODE):
         if method.verb == verb:
             return method
-    from importlib.metadata import entry_points  # 20 ms that built-in methods need not pay
-
-    for entry_point in entry_points(group=GROUP, name=verb):
-        found: MethodInfo = entry_point.load()
-        return found
+    of_name = [it for it in added() if it.name == verb]  # 20 ms that our own need not pay
+    for one in of_name:
+        if not one.problem:
+            added_info: MethodInfo = one.value
+            return added_info
+    for one in of_name:
+        raise UsageError(f"{one} cannot be used: {one.problem}", hint="qconvert doctor")
     raise UsageError(
-        f"unknown method {verb!r}: expected one of {', '.join(m.verb for m in METHODS)}",
-        hint="qconvert formats",
+        f"unknown method {verb!r}: expected one of {', '.join(names())}", hint="qconvert formats"
     )
 
 
-def _load(reference: str) -> Any:
-    module, _, name = reference.partition(":")
-    return getattr(importlib.import_module(module), name)
+def _check_added(name: str, value: Any) -> None:
+    """Raises Unusable for what is no method, or has what only our own can have."""
+    if not isinstance(value, MethodInfo):
+        raise Unusable(f"expected a qconvert.registry.MethodInfo, got {type(value).__name__}")
+    if value.verb != name:
+        raise Unusable(f"its verb is {value.verb}")
+    if value.calibrated:
+        raise Unusable("calibrated methods cannot be added: calibration knows each of its own")
+    if not all(isinstance(layout, Layout) for layout in value.layouts.values()):
+        raise Unusable("layouts: expected a qconvert.registry.Layout for each format")
+    known = {*contract.names(), *extensions.names(extensions.FORMATS)}
+    if unknown := sorted(value.layouts.keys() - known):
+        raise Unusable(f"no format {unknown[0]} is installed")
+    if not value.layouts or not value.bits:
+        raise Unusable(f"it has no {'bits' if value.layouts else 'layouts'}")
+    if not all(isinstance(text, str) for text in (value.summary, *value.options.values())):
+        raise Unusable("summary and help are texts")
+    for option in (*value.options, *value.types):
+        if not _OPTION.fullmatch(option) or iskeyword(option) or option in COMMON_OPTIONS:
+            raise Unusable(f"no option can be called {option}")
+    for option, kind in value.types.items():
+        if option not in value.options or kind not in (int, float, bool, str):
+            raise Unusable(f"types: {option} is no option, or not of int, float, bool or str")
+
+
+def _missing(takes: Mapping[str, inspect.Parameter], given: Collection[str]) -> str:
+    """Parameters without a default, and without a value: "--bits and --group-size"."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = (it for it in takes.values() if it.default is it.empty and it.kind not in kinds)
+    missing = [it.name for it in needed if it.name not in given]
+    return " and ".join("--" + name.replace("_", "-") for name in missing)

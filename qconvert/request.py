@@ -57,6 +57,8 @@ class Request:
     validate: bool = True
     overwrite: bool = False
     restart: bool = False
+    skip_done: bool = False
+    """A complete result of the same plan is the result, and not in the way."""
     stream: bool = False
     """Read a Hub repository once, in order, keeping none of it."""
     push: PushOptions | None = None

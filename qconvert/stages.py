@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qconvert.hub.push import Pushed
     from qconvert.hub.target import Target
     from qconvert.origins import Quantize
+    from qconvert.validation.reload import ReloadProcess
     from qconvert.validation.streamed import StreamProof
 
 _Outcomes = list[Poured | NonFinite]
@@ -55,7 +56,7 @@ class Clock:
         self._last = now
 
     def skip(self) -> None:
-        """What has passed since the last lap was others' work."""
+        """Counts the time since the last lap to no stage."""
         self._last = time.monotonic()
 
 
@@ -99,6 +100,17 @@ def find_target(request: Request, planned: Plan) -> Target | None:
     return target.find(request.push, default_name(request, planned), planned.checkpoint.repository)
 
 
+def finished(request: Request, planned: Plan) -> JSON | None:
+    """The manifest at the destination, if nothing is left to be done there.
+
+    None where the Hub would have to be asked.
+    """
+    if request.push is not None:
+        return None
+    staged = Staging(output_folder(request, planned), planned.fingerprint)
+    return staged.finished(validated=request.validate)
+
+
 def fetched(planned: Plan, progress: Progress | None) -> Plan:
     """The same plan with the source's weights and side files on this disk."""
     return replace(planned, checkpoint=source.localize(planned.checkpoint, progress))
@@ -108,8 +120,10 @@ def earlier(work: Work, progress: Progress | None) -> Result | None:
     """The result, if an earlier run has come to it and was cut before it could say so."""
     if work.request.hub_to_hub and (published := _published(work)):
         return published
-    if work.staged.finish_commit() or (work.target and work.staged.is_finished()):
-        document = manifest.read(work.destination) or {}
+    document = work.staged.finished(validated=work.request.validate)
+    if document is None:
+        return None
+    if work.staged.finish_commit() or work.target or work.request.skip_done:
         return pushed(work, _finished(document, work.planned, work.destination), progress)
     return None
 
@@ -202,7 +216,6 @@ def pour(
         failures.append(outcome if isinstance(outcome, NonFinite) else None)
         if isinstance(outcome, Poured):
             work.poured = outcome
-            work.clock.lap("pour")
             work.numeric = _report(proof, outcome, sha256) if proof else None
     return failures
 
@@ -281,12 +294,12 @@ def write_side_files(planned: Plan, tree: Path) -> None:
             staging.write_file(tree / name, (root / name).read_bytes())
 
 
-def finish(work: Work, progress: Progress | None) -> Result:
+def finish(work: Work, progress: Progress | None, process: ReloadProcess | None = None) -> Result:
     """Proves what was poured, seals it, and puts it where the request says."""
     staged, clock = work.staged, work.clock
     write_side_files(work.planned, staged.tree)
     clock.lap("pour")
-    verdict, reports = _prove(work, progress)
+    verdict, reports = _prove(work, process, progress)
     clock.lap("validate")
     repo_id = work.target.repo_id if work.target else None
     files = sealing.seal(
@@ -328,7 +341,9 @@ def pushed(work: Work, result: Result, progress: Progress | None) -> Result:
     return replace(result, pushed=done)
 
 
-def _prove(work: Work, progress: Progress | None) -> tuple[Verdict | None, tuple[Report, ...]]:
+def _prove(
+    work: Work, process: ReloadProcess | None, progress: Progress | None
+) -> tuple[Verdict | None, tuple[Report, ...]]:
     if not work.request.validate:
         return None, ()
     from qconvert import validation
@@ -336,7 +351,7 @@ def _prove(work: Work, progress: Progress | None) -> tuple[Verdict | None, tuple
     branch = (work.sink.repo_id, work.sink.head) if work.sink is not None else None
     proof = validation.validate_plan(
         work.staged.tree, work.planned, branch=branch, numeric=work.numeric,
-        device=work.request.device, progress=progress,
+        process=process, device=work.request.device, progress=progress,
     )  # fmt: skip
     validation.require(proof.reports)
     return proof.verdict, proof.reports

@@ -196,22 +196,27 @@ class Staging:
     def finish_commit(self) -> bool:
         """Cleans up after a run that was killed between its last rename and its end.
 
-        True if the destination is already this plan's complete result and only the staging
-        folder is left of the run that made it. Raises Locked if that run is still at work.
+        To be called where the destination is this plan's result. False if there is nothing to be
+        cleaned up. Raises Locked if that run is still at work.
         """
-        if not self.root.is_dir() or not self.is_finished():
+        if not self.root.is_dir():
             return False
         self._take_lock()
         self.discard()
         return True
 
-    def is_finished(self) -> bool:
-        """Whether the destination is this plan's complete result."""
+    def finished(self, *, validated: bool) -> JSON | None:
+        """The manifest at the destination, if that is this plan's complete result.
+
+        One that was not validated does not count where it should have been.
+        """
         try:
             manifest = json.loads((self.destination / MANIFEST_NAME).read_bytes())
-        except (OSError, ValueError):
-            return False
-        return isinstance(manifest, dict) and manifest.get("fingerprint") == self.fingerprint
+            verdict = manifest["validation"]["verdict"]
+            complete = manifest["fingerprint"] == self.fingerprint
+        except (OSError, ValueError, TypeError, LookupError):
+            return None
+        return manifest if complete and (verdict or not validated) else None
 
     def _take_lock(self) -> None:
         fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -294,6 +294,8 @@ def container_of(config: JSON, manifest: JSON | None = None, *, plain: bool = Fa
     known = {name: layout for info in registry.METHODS for name, layout in info.layouts.items()}
     if isinstance(method, str) and method in known:
         return known[method].load_container()
+    if isinstance(method, str) and (container := contract.load_added(method)) is not None:
+        return container
     raise UnsupportedConfig(
         "unknown quant_method",
         file=modelconfig.FILE,

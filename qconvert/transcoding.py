@@ -186,9 +186,12 @@ def _method(found: Lattice, to: str, *, symmetric: bool, rows: bool) -> tuple[An
             raise _Obstacle("eetq has 8 bits, a float16 scale for each row, and no zeros")
         return registry.info("eetq").build(found.dtype, {})
     options: dict[str, Any] = {"bits": found.bits, "group_size": found.size}
+    if to == "gptq" and not symmetric:
+        raise _Obstacle("gptq has no zeros but the middle of the codes")
     if to != "hqq":
-        options |= {"container": to, "zero": "middle" if symmetric else "integer"}
-        options |= {"group_size": -1} if rows else {}
+        options |= {"container": to, "group_size": -1 if rows else found.size}
+    if to == "compressed-tensors":
+        options |= {"zero": "middle" if symmetric else "integer"}
     return registry.info("hqq").build(found.dtype, options)
 
 

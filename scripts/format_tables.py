@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Writes the tables of formats/*/FORMAT.md from tensors.json, so that prose and data agree.
+"""Writes the tables of formats/ from data, so that prose and data agree.
+
+formats/*/FORMAT.md lists tensors, from tensors.json; formats/README.md loaders, from loaders.json.
 
 python scripts/format_tables.py          rewrite what stands between the markers
 python scripts/format_tables.py --check  exit 1 if a file would change
@@ -9,13 +11,38 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from qconvert import contract
+from qconvert import contract, matrix
 
-_BETWEEN = re.compile(r"(<!-- tensors: begin -->\n).*?(<!-- tensors: end -->)", re.DOTALL)
+_BETWEEN = r"(<!-- {0}: begin -->\n).*?(<!-- {0}: end -->)"
+
+
+def loaders() -> str:
+    """A word and the evidence in each cell; what the word leaves out below, by number."""
+    of = matrix.load()
+    notes: dict[str, int] = {}
+    rows = [f"| {row.name} | {' | '.join(_cells(row, of.columns, notes))} |" for row in of.rows]
+    return "\n".join([
+        f"| | {' | '.join(of.columns)} |",
+        "|---" * (len(of.columns) + 1) + "|",
+        *rows,
+        "",
+        *(f"{number}. {note}" for note, number in notes.items()),
+        "",
+    ])  # fmt: skip
+
+
+def _cells(row: matrix.Row, columns: Sequence[str], notes: dict[str, int]) -> Iterator[str]:
+    for column in columns:
+        cell = row.cells.get(column, ())
+        note = matrix.note(cell)
+        mark = f" [{notes.setdefault(note, len(notes) + 1)}]" if note else ""
+        seen = "; ".join(it.evidence for it in cell)
+        yield f"**{matrix.word(cell)}**{mark}<br>{seen}" if cell else matrix.NOT_TRIED
 
 
 def table(of: contract.Contract) -> str:
@@ -38,17 +65,19 @@ def table(of: contract.Contract) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    check = "--check" in sys.argv[1:]
+def main(arguments: Sequence[str]) -> int:
+    check = "--check" in arguments
+    tables = [(contract.formats_root() / "README.md", "loaders", loaders())]
+    tables += [
+        (of.root / "FORMAT.md", "tensors", table(of)) for of in map(contract.load, contract.names())
+    ]
     stale = []
-    for name in contract.names():
-        of = contract.load(name)
-        path = of.root / "FORMAT.md"
+    for path, name, text in tables:
         before = path.read_text("utf-8")
-        text = table(of)
-        after, count = _BETWEEN.subn(lambda m, text=text: f"{m[1]}{text}{m[2]}", before)
+        between = re.compile(_BETWEEN.format(name), re.DOTALL)
+        after, count = between.subn(lambda m, text=text: f"{m[1]}{text}{m[2]}", before)
         if not count:
-            print(f"{path}: no markers for the table of tensors", file=sys.stderr)
+            print(f"{path}: no markers for the table of {name}", file=sys.stderr)
             return 1
         if after != before:
             stale.append(str(path))
@@ -61,4 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -60,6 +60,8 @@ def _package(product) -> None:
     import transformers.utils.import_utils
 
     class EetqLinear(torch.nn.Module):
+        __module__ = "transformers.integrations.eetq"  # as transformers 5 calls its own
+
         def __init__(self, in_features, out_features, bias=True, device="cpu"):
             super().__init__()
             shape, options = (in_features, out_features), {"dtype": torch.float16, "device": device}

@@ -45,6 +45,12 @@ def _packed(bits: int, zero: str, group_size: int) -> File:
     return File(size, "hqq", {**options, "group_size": group_size})
 
 
+def _striped(container: str, bits: int, group_size: int) -> File:
+    size = "a row" if group_size < 0 else f"groups of {group_size}"
+    options = {"container": container, "bits": bits, "group_size": group_size}
+    return File(f"{bits} bits, {size}", "hqq", options)
+
+
 def _aqlm(scheme: str) -> File:
     return File(scheme, "aqlm", {"scheme": scheme, "quality": "fast"}, skip=r"layers\.[1-9]\.")
 
@@ -85,6 +91,14 @@ ROWS = (
         "compressed-tensors 8 bits, zero points", "compressed-tensors",
         (_packed(8, "integer", 64), _packed(8, "integer", -1)),
     ),
+    Family(
+        "gptq 4 and 8 bits", "gptq",
+        (
+            _striped("gptq", 4, 64), _striped("gptq", 4, 128), _striped("gptq", 8, 64),
+            _striped("gptq", 8, -1),
+        ),
+    ),
+    Family("awq 4 bits", "awq", (_striped("awq", 4, 32), _striped("awq", 4, 64))),
     Family("full precision", "plain", (File("of nf4", "dequantize"),)),
 )  # fmt: skip
 

@@ -57,7 +57,7 @@ CLAIMS = (
     _no("vLLM", "vllm", "eetq", "never read it", "any"),
     Claim(
         "vLLM", "vllm", "compressed-tensors 4 bits", LOADS,
-        "NVIDIA GPUs from Turing on", f"{_VLLM}/{_WNA16}.py",
+        "NVIDIA GPUs from Turing on, and CPUs", f"{_VLLM}/{_WNA16}.py",
         present=r"class CompressedTensorsWNA16.*return 75",
     ),
     Claim(
@@ -70,6 +70,15 @@ CLAIMS = (
         "a Hopper GPU, or the package conch-triton-kernels or humming",
         "vllm/model_executor/kernels/linear/mixed_precision/machete.py",
         present=r"requires compute capability of 90 \(Hopper\)",
+    ),
+    Claim(
+        "vLLM", "vllm", "gptq", LOADS,
+        "NVIDIA GPUs from Turing on, at 4 bits CPUs; symmetric grids alone",
+        f"{_VLLM}/auto_gptq.py", present=r"TYPE_MAP = {\s*\(4, True\)[^}]*\(8, True\)[^,]*,\s*}",
+    ),
+    Claim(
+        "vLLM", "vllm", "awq", LOADS, "NVIDIA GPUs from Turing on, and CPUs",
+        f"{_VLLM}/auto_awq.py", present=r"class AutoAWQConfig.*return 75",
     ),
     Claim("vLLM", "vllm", "full precision", LOADS, "", "vllm/config/model.py", present="bfloat16"),
     Claim(
@@ -94,6 +103,16 @@ CLAIMS = (
         "SGLang", "sglang", "compressed-tensors 8 bits, zero points", NEVER,
         "its parser takes them, and no kernel",
         f"{_SGLANG}/marlin_utils.py", present=r"if has_zp:[^:]*return \[scalar_types\.uint4\]",
+    ),
+    Claim(
+        "SGLang", "sglang", "gptq", LOADS,
+        "NVIDIA GPUs from Ampere on; symmetric grids alone",
+        f"{_SGLANG}/gptq/gptq.py",
+        present=r"class GPTQMarlinConfig.*\(4, True\)[^}]*\(8, True\).*return 80",
+    ),
+    Claim(
+        "SGLang", "sglang", "awq", LOADS, "NVIDIA GPUs from Turing on",
+        f"{_SGLANG}/awq/awq.py", present=r"class AWQConfig.*Turing or newer.*return 75",
     ),
     Claim("SGLang", "sglang", "full precision", LOADS, "", "sglang/srt/configs/model_config.py",
           present="bfloat16"),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from qconvert import contract
 from qconvert.matrix import BROKEN, LOADS, NEEDS, Seen
 from qconvert.stored import Stored, open_stored
 from qconvert.types import JSON
@@ -37,6 +38,10 @@ VERSIONS = dict(
 LIBRARIES = ("hqq", "bitsandbytes", "aqlm", "compressed-tensors")
 NEWEST = {"compressed-tensors": "0.20.0"}
 """Of a library that is not installed here."""
+GPTQMODEL = {"5.4.0": "7.3.4", version("transformers"): "7.6.0"}
+"""That pip installs beside a version of transformers and the running torch; for earlier ones there
+are releases that it cannot build."""
+OPTIMUM = "2.3.0"
 TOKENS = 128
 EETQ_CHILD = Path(__file__).with_name("loader_matrix_eetq.py")
 EETQ_GPU = "an NVIDIA GPU of compute capability 7.5 to 8.9"
@@ -48,7 +53,7 @@ class Attempt:
 
     needs: str = ""
     pins: str = ""
-    """Of a companion, in place of that of LIBRARIES."""
+    """Of companions, beside those of LIBRARIES or in their place."""
     ours: bool = False
     to: bool = False
     dtype: Any = None
@@ -64,11 +69,15 @@ class Outcome:
     versions: str = ""
 
 
-def attempts(format_: str, column: str) -> tuple[Attempt, ...]:
+def attempts(format_: str, column: str, number: str) -> tuple[Attempt, ...]:
     """The ways in which a file of that format is tried, the plain one first."""
     in_5 = column == "transformers 5"
     if format_ == "eetq":
-        package = "kernels 0.18.2 to 0.18" if in_5 else "eetq, built from source"
+        package = (
+            "a release of `kernels` that it takes (5.23: 0.18.2 to below 0.19)"
+            if in_5
+            else "eetq, built from source"
+        )
         return (Attempt(f"{EETQ_GPU} and {package}: run with a stand-in for its kernel",
                         child=EETQ_CHILD),)  # fmt: skip
     if format_ == "hqq" and in_5:
@@ -79,6 +88,12 @@ def attempts(format_: str, column: str) -> tuple[Attempt, ...]:
         return (Attempt(), Attempt("float32 on a CPU", dtype=torch.float32))
     if format_ == "compressed-tensors":
         return (Attempt(), Attempt("compressed-tensors 0.17", pins="compressed-tensors==0.17.0"))
+    if format_ in loaders.GPTQMODEL:
+        plain = Attempt(dtype=torch.bfloat16)  # its kernels for 4 bits compute in no other
+        pins = f"gptqmodel=={GPTQMODEL.get(number)},optimum=={OPTIMUM}"
+        needs = " and ".join(contract.load(format_).libraries)
+        more = replace(plain, needs=needs, pins=pins)
+        return (plain, more) if number in GPTQMODEL else (plain,)
     return (Attempt(),)
 
 
@@ -154,7 +169,7 @@ class _Bench:
         """Row → file → what came of it."""
         found: dict[str, dict[str, Outcome]] = {family.name: {} for family in families}
         left = [
-            (family, file, attempts(family.format, column))
+            (family, file, attempts(family.format, column, number))
             for family in families for file in family.files
         ]  # fmt: skip
         while left:
@@ -168,8 +183,9 @@ class _Bench:
                 files = [(family, file, ways[0]) for family, file, ways in batch]
                 seen = self._load(environment, child, files)
                 for (family, file, ways), reason in zip(batch, seen, strict=True):
-                    library = environment.versions.get(family.format)
-                    with_ = [f"{family.format} {library}"] if library else []
+                    libraries = contract.load(family.format).libraries
+                    there = [it for it in libraries if it in environment.versions]
+                    with_ = [f"{it} {environment.versions[it]}" for it in there]
                     before = found[family.name].get(file.name)
                     first = before.reason if before else reason
                     found[family.name][file.name] = Outcome(
@@ -261,7 +277,7 @@ def _environment(column: str, number: str, pins: str, *, ours: bool) -> Environm
     loader = "hqq" if column == HQQ else "transformers"
     chosen = {"transformers": version("transformers")} | {it: _version(it) for it in LIBRARIES}
     chosen[loader] = number
-    chosen |= dict([pins.split("==")]) if pins else {}
+    chosen |= dict(pin.split("==") for pin in pins.split(",") if pin)
     names = [loader, *(name for name in chosen if name != loader)]
     text = ",".join([*(f"{name}=={chosen[name]}" for name in names), *([OURS] if ours else [])])
     return environments.make(environments.parse(text), "hqq", _tell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import qconvert
-from qconvert import errors
+from qconvert import errors, registry
 from qconvert.tensors import read_header
 from qconvert.types import Verdict
 from tests.models import tiny
@@ -105,3 +106,109 @@ def test_every_weight_that_is_no_number_is_named_and_the_hint_helps(
     skip = caught.value.hint.split("--skip ")[1].strip("'")
     result = qconvert.convert(source, method, skip=skip, **options)
     assert set(bad) <= set(result.plan.skip_modules)
+
+
+# ── what the command line can do, Python can ─────────────────────────────────────────────────
+
+FUNCTIONS = {
+    "bnb": "convert", "plan": "plan", "convert": "convert_together", "dequantize": "dequantize",
+    "transcode": "transcode", "inspect": "inspect", "validate": "validate", "verify": "validate",
+    "reproduce": "reproduce", "formats": "formats", "doctor": "doctor", "card": "model_card",
+    "push": "push", "batch": "batch",
+}  # fmt: skip
+"""Verb → function; a method's verb is `convert` with its name."""
+ELSEWHERE = {
+    # how the command line prints
+    "json", "quiet", "dry_run", "lint",
+    # details of a push, which the API has in PushOptions
+    "repo_id", "private", "push_revision", "create_pr", "push_unverified", "repo",
+    # the method's own options, **options
+    "bits", "scheme", "quality", "group_size", "axis", "container", "zero", "double_quant",
+    "blocksize", "compute_dtype", "dtype",
+}  # fmt: skip
+OTHER_NAMES = {
+    "no_validate": "validate", "override": "overrides", "max_shard_size": "max_shard_bytes",
+    "level": "levels", "loader": "loaders", "to": "methods", "model": "path", "path": "target",
+    "file": "jobs",
+}  # fmt: skip
+
+
+def commands() -> dict[str, Any]:
+    """Verb → callback, a group's verbs by the name of the group."""
+    from qconvert.cli import app
+
+    found = {command.name: command.callback for command in app.registered_commands}
+    for group in app.registered_groups:
+        for command in group.typer_instance.registered_commands:
+            found[f"{group.name} {command.name}"] = command.callback
+    return found
+
+
+def test_every_verb_and_option_is_in_the_api() -> None:
+    methods = {method.verb for method in registry.METHODS}
+    for verb, callback in commands().items():
+        name = "convert" if verb in methods else FUNCTIONS[verb.partition(" ")[0]]
+        function = getattr(qconvert, name)
+        takes = set(inspect.signature(function).parameters)
+        if "more" in takes:  # what `convert` takes
+            takes |= set(inspect.signature(qconvert.convert).parameters)
+        ours = {"device"} if verb.startswith("plan ") else set()  # a plan is the same on all
+        for option in set(inspect.signature(callback).parameters) - ELSEWHERE - ours:
+            assert takes & {option, OTHER_NAMES.get(option, option)}, f"{verb}: {option}"
+
+
+def test_what_takes_long_tells_how_far_it_is() -> None:
+    for name in ("convert", "convert_together", "validate", "reproduce", "push"):
+        assert "progress" in inspect.signature(getattr(qconvert, name)).parameters
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    from qconvert import api
+
+    assert sorted(qconvert.__all__) == sorted([*api.__all__, "__version__"])
+    for name in api.__all__:
+        thing = getattr(qconvert, name)
+        assert thing is getattr(api, name)
+        assert inspect.isfunction(thing) or isinstance(thing, type) or name == "Outcome"
+        if inspect.isfunction(thing):
+            assert inspect.signature(thing).return_annotation not in (None, "None", "Any")
+            assert len(thing.__doc__ or "") > 40, name
+
+
+def test_inspect_formats_and_doctor_are_typed(source: Path, tmp_path: Path) -> None:
+    made = qconvert.convert(source, "nf4", output=tmp_path / "o", validate=False, device="cpu")
+    found = qconvert.inspect(tmp_path / "o")
+    assert (found.format, found.verdict) == ("bitsandbytes", "not validated")
+    assert found.fingerprint == made.plan.fingerprint
+    assert found.bits_per_weight == pytest.approx(made.plan.bits_per_weight)
+    layers = [module for module in found.modules.values() if module.method == "bnb_4bit"]
+    assert len(layers) == len(list(made.plan.quantized()))
+    listed = qconvert.formats()
+    assert [method.verb for method in listed.methods] == [it.verb for it in registry.METHODS]
+    assert any(it.loader.startswith("transformers") for it in listed.loaders["bitsandbytes"])
+    here = qconvert.doctor()
+    assert "numpy" in [library.name for library in here.libraries if library.ok]
+    assert here.machine["processors"] > 0
+    card = (tmp_path / "o" / "README.md").read_text()
+    assert qconvert.model_card(tmp_path / "o") == card
+    assert {finding.level for finding in qconvert.lint_card(tmp_path / "o")} == {"warning"}
+
+
+def test_several_formats_of_one_read(source: Path, tmp_path: Path) -> None:
+    done: list[int] = []
+    seen: list[str] = []
+    results = qconvert.convert_together(
+        source, ["int8", "hqq:4"], output=tmp_path / "all", validate=False, device="cpu",
+        progress=lambda at, total, what: seen.append(what),
+        on_result=lambda index, outcome: done.append(index),
+    )  # fmt: skip
+    assert sorted(done) == [0, 1]
+    assert seen
+    assert [result.folder for result in results if isinstance(result, qconvert.Result)] == [
+        tmp_path / "all" / "llama-INT8-8bit",
+        tmp_path / "all" / "llama-HQQ-4bit",
+    ]
+    with pytest.raises(errors.UsageError, match="hqq:4 twice"):
+        qconvert.convert_together(source, ["hqq:4", "hqq:4"])
+    with pytest.raises(errors.UsageError, match="one repository"):
+        qconvert.convert_together(source, ["int8"], push=qconvert.PushOptions("org/name"))

@@ -32,6 +32,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "hqq3-axis0": ("hqq", {"bits": 3, "axis": 0}),
     "packed4": ("hqq", {"bits": 4, "container": "compressed-tensors"}),
     "packed8": ("int8", {"container": "compressed-tensors"}),
+    "gptq4": ("hqq", {"bits": 4, "container": "gptq"}),
+    "awq4-rows": ("hqq", {"bits": 4, "group_size": -1, "container": "awq"}),
 }
 UNPREDICTED = {MANIFEST_NAME, RUN_LOG_NAME, "README.md"}
 
@@ -86,7 +88,7 @@ def test_the_safetensors_library_reads_every_tensor_as_planned(
     assert any(e.action is Action.QUANTIZE for e in result.plan.entries)
 
 
-@pytest.mark.parametrize("name", ["int8", "eetq", "nf4", "hqq4", "hqq3-axis0", "packed4"])
+@pytest.mark.parametrize("name", ["int8", "eetq", "nf4", "hqq4", "hqq3-axis0", "packed4", "gptq4"])
 def test_bytes_do_not_depend_on_threads_or_tiles(
     name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

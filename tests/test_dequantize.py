@@ -40,6 +40,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "hqq-3-axis-0": ("hqq", {"bits": 3, "axis": 0}),
     "eetq": ("eetq", {}),
     "compressed-tensors": ("hqq", {"bits": 4, "container": "compressed-tensors"}),
+    "gptq": ("hqq", {"bits": 8, "container": "gptq"}),
+    "awq": ("hqq", {"bits": 4, "container": "awq"}),
 }
 
 
@@ -86,7 +88,7 @@ def test_every_tensor_is_what_its_loader_decodes(
     for tensor, value in expected.items():
         assert same(found[tensor], value), tensor
     config = json.loads((folder / "config.json").read_text())
-    dtype = "float16" if name == "eetq" else "bfloat16"
+    dtype = "float16" if name in ("eetq", "gptq", "awq") else "bfloat16"
     assert {str(value.dtype) for value in found.values()} == {f"torch.{dtype}"}
     ours = json.loads((source / "config.json").read_text()) | {"dtype": dtype, "torch_dtype": dtype}
     assert config == ours, "config.json is that of a model that was never quantized"

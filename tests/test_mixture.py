@@ -235,7 +235,7 @@ def test_the_card_says_in_bold_what_kept_experts_cost(
         ("llama", "nf4", {}, "quantize", "it has no experts", "leave --experts out"),
         ("gpt-oss", "nf4", {}, "quantize", "no loader reads fused experts", "leave --experts out"),
         ("mixtral", "eetq", {}, "quantize", "no loader of EETQ", "--experts keep"),
-        ("mixtral", "aqlm", {}, "quantize", "what each expert reads", "--experts keep"),
+        ("gpt-oss", "aqlm", {}, "quantize", "no loader reads fused experts", "leave --experts out"),
         ("mixtral", "nf4", {}, "all", "--experts all", "--experts keep"),
         ("mixtral", "hqq", CT, "keep", "cannot stay in full precision", "--experts quantize"),
         ("mixtral", "hqq", {**CT, "zero": "integer"}, "quantize", "zero points", "--zero middle"),

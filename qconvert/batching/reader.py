@@ -74,7 +74,7 @@ class Reader:
 
     def __init__(self, problems: Problems) -> None:
         self._problems = problems
-        self._methods: dict[str, MethodInfo] = {it.verb: it for it in registry.METHODS}
+        self._methods: dict[str, MethodInfo] = {it.verb: it for it in registry.methods()}
         self._soft: dict[tuple[str, int], bool] = {}
         """(key, line) of what defaults and models say → whether any job takes it."""
 

@@ -40,8 +40,8 @@ def method_of(text: str) -> tuple[str, dict[str, Any]]:
 
 def known(verb: str) -> MethodInfo:
     """The method of that name; raises UsageError with the nearest one."""
-    if verb not in (method.verb for method in registry.METHODS) and verb not in registry.names():
-        names = [*registry.names(), "bnb"]
+    names = [*registry.names(), "bnb"]
+    if verb not in names and all(verb != it.name for it in registry.added()):
         raise UsageError(
             f"unknown method {shown(verb)}: expected one of {', '.join(names)}"
             + nearest(verb, names)

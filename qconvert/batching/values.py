@@ -8,6 +8,7 @@ the end. Messages quote a value as it stands in the file, never what a variable 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import shlex
@@ -64,6 +65,12 @@ def _number(value: Any, least: float, most: float) -> int:
     return value
 
 
+def _real(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError
+    return float(value)
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError
@@ -107,6 +114,7 @@ def one_of(choices: Iterable[str]) -> Kind:
 TEXT = Kind("text", _text, textual=True)
 FLAG = Kind("true or false", _flag)
 INTEGER = Kind("a whole number", lambda value: _number(value, float("-inf"), float("inf")))
+REAL = Kind("a number", _real)
 SIZE = Kind("a size such as 5GB", _size)
 DEVICE = Kind("auto, cpu, cuda or cuda:0", _device, textual=True)
 DTYPE = Kind(" or ".join(TORCH_NAMES.values()), _dtype, textual=True)
@@ -150,7 +158,7 @@ def kind_of(key: str, method: MethodInfo) -> Kind:
     if key in DTYPES:
         return DTYPE
     types = re.findall(r"\w+", "str" if key == "container" else method.annotation(key))
-    kinds = {"bool": FLAG, "int": INTEGER, "str": TEXT}
+    kinds = {"bool": FLAG, "int": INTEGER, "float": REAL, "str": TEXT}
     return next((kinds[name] for name in types if name in kinds), ANY)
 
 

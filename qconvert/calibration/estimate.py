@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qconvert import mixture
 from qconvert.calibration.checks import deterministic
 from qconvert.calibration.solved import layer_config
 from qconvert.methods.aqlm import AQLM
@@ -72,9 +73,15 @@ def estimate(plan: Plan, devices: Sequence[str], threads: int) -> Estimate:
         + products * 2 * layer.out_features * layer.in_features**2 / flops
         for layer in layers
     )
-    tokens = settings["nsamples"] * settings["seqlen"]
-    forward = sum(2 * _weights(layer) for layer in layers) * tokens / fast
-    hessians = sum(2 * _DISTINCT * layer.in_features**2 for layer in layers) * tokens / flops
+    parts = mixture.parts_of_text(plan.structure, plan.checkpoint.config)
+    count: int = settings["nsamples"] * settings["seqlen"]
+
+    def tokens(layer: Layer) -> float:
+        part = parts.get(plan.structure.roles[layer.tensor.name].module, 1.0)
+        return part * count
+
+    forward = sum(2 * _weights(layer) * tokens(layer) for layer in layers) / fast
+    hessians = sum(2 * _DISTINCT * layer.in_features**2 * tokens(layer) for layer in layers) / flops
     epochs = settings["epochs"]
     last = max(1, epochs) * _END_TO_END + 1 if settings["tune"] != "none" else 0
     return Estimate(

@@ -13,7 +13,7 @@ has to be given what the one before it returned.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from typing import Any
 
@@ -21,11 +21,14 @@ import torch
 from torch import nn
 
 from qconvert import skeleton
+from qconvert.arrays import to_torch
 from qconvert.blocks import Blocks, block_of
 from qconvert.calibration import calls, weights
 from qconvert.calibration.calls import Call, Calls, Stub
+from qconvert.calibration.experts import Apart
 from qconvert.errors import UnsupportedConfig, printable
 from qconvert.source import SourceReader
+from qconvert.stored import read_tensor
 from qconvert.types import Array, Checkpoint, Kind, Structure
 
 Tensor = Any
@@ -46,9 +49,13 @@ class BlockModel:
         blocks: Blocks,
         device: str,
         dtype: torch.dtype,
+        apart: Collection[str] = (),
     ) -> None:
-        """Raises as `skeleton.build` does, and UnsupportedConfig where blocks share weights or
-        there are more of them than the checkpoint holds."""
+        """`apart`: paths in memory of fused experts that are to be linear layers, one by one.
+
+        Raises as `skeleton.build` does, and UnsupportedConfig where blocks share weights or there
+        are more of them than the checkpoint holds, or where experts cannot be told apart.
+        """
         self.blocks, self.device, self.dtype = blocks, device, dtype
         self._checkpoint, self._structure = checkpoint, structure
         self._model = skeleton.build(checkpoint.config, dtype)
@@ -62,6 +69,7 @@ class BlockModel:
         for pair in self._model.all_tied_weights_keys.items():
             if any(block_of(blocks, name) is not None for name in pair):
                 raise UnsupportedConfig(f"blocks share weights: {' and '.join(pair)}")
+        self._apart = {path: Apart(self._model, path, structure, self._known) for path in apart}
         for config in (self._model.config, self._model.config.get_text_config()):
             for option in ("use_cache", *_EXTRA_OUTPUTS):
                 setattr(config, option, False)
@@ -96,9 +104,12 @@ class BlockModel:
 
         Every nn.Linear with a tensor of its own; the plan decides which are quantized.
         """
-        found = {}
+        found: dict[str, str] = {}
         for path, module in self._meta[index].named_modules():
-            stem = self._structure.modules.get(f"{self.blocks.prefix}.{index}.{path}")
+            where = f"{self.blocks.prefix}.{index}.{path}"
+            if (experts := self._apart.get(where)) is not None:
+                found |= {f"{path}.{inside}": stem for inside, stem in experts.stems.items()}
+            stem = self._structure.modules.get(where)
             if stem is not None and isinstance(module, nn.Linear):
                 role = self._structure.roles.get(f"{stem}.weight")
                 if role is not None and role.kind is Kind.LINEAR:
@@ -135,7 +146,8 @@ class BlockModel:
     def load(self, index: int) -> nn.Module:
         """Block `index` with its full-precision weights, on the device, in eval mode, frozen.
 
-        A new module each time, which the caller may change and must drop. Raises SourceError.
+        A new module each time, which the caller may change and must drop. Raises SourceError, and
+        UnsupportedConfig where experts apart do not answer as they do fused.
         """
         self._fill_outside()
         block: nn.Module = deepcopy(self._meta[index])
@@ -144,6 +156,10 @@ class BlockModel:
             self._fill(block, index)
         finally:
             self._stack[index] = stub
+        for path, experts in self._apart.items():
+            if block_of(self.blocks, path) == index:
+                inside = path.removeprefix(f"{self.blocks.prefix}.{index}.")
+                block.set_submodule(inside, experts.of(block.get_submodule(inside), self._read))
         return block
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -253,6 +269,12 @@ class BlockModel:
             if block_of(self.blocks, target) == index
         ]
         weights.fill(self._model, part, tensors, self._reader, self.device, self.dtype)
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor on disk, as it is in memory."""
+        info = self._checkpoint.tensors[name]
+        tensor = to_torch(read_tensor(self._reader, info), info.dtype)
+        return tensor.to(self.device, self.dtype)
 
 
 _EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")

@@ -13,6 +13,7 @@ from typing import Any
 
 from qconvert import modelconfig
 from qconvert.errors import UsageError, printable
+from qconvert.methods.aqlm import TOKENS_PER_COLUMN
 from qconvert.types import JSON
 
 NSAMPLES = {"fast": 128, "default": 256, "best": 512}
@@ -20,8 +21,6 @@ EPOCHS = {"fast": 1, "default": 4, "best": 8}
 SEQLEN = 2048
 MIN_SEQLEN = 8
 TUNES = ("none", "kl")
-TOKENS_PER_COLUMN = 4
-"""A Hessian of n columns estimated from fewer than 4 n tokens is mostly noise."""
 
 _LIMITS = {"nsamples": (1, 1_000_000), "seqlen": (MIN_SEQLEN, 1 << 20), "seed": (0, 2**63 - 1)}
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from qconvert import devices
+from qconvert import advice, devices
 from qconvert.calibration.options import CalibrationOptions, Settings
 from qconvert.manifest import COMPUTING, versions
 from qconvert.planning import with_calibration
@@ -54,8 +54,10 @@ def read(
         "versions": {name: known[name] for name in COMPUTING if name in known},
     }
     plan = with_calibration(plan, calibration, threads=threads)
+    starved = advice.starved_experts(plan)  # by the text that there is
+    warnings = (*read_now.warnings, starved) if starved else read_now.warnings
     return (
-        replace(plan, warnings=plan.warnings + read_now.warnings),
+        replace(plan, warnings=tuple(dict.fromkeys(plan.warnings + warnings))),
         Prepared(read_now.ids, read_now.settings),
     )
 

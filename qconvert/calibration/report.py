@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from qconvert.methods.aqlm import TOKENS_PER_COLUMN
 from qconvert.types import JSON
 
 
@@ -36,6 +37,30 @@ class TuneFigures:
     after: float
     epochs: int
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFigures:
+    """How the calibration text fell on the experts that were quantized."""
+
+    count: int
+    few: int
+    """Of them, those that read fewer tokens than `wanted` for each column of one of their layers:
+    their Hessians were damped the more."""
+    unread: int
+    """Of these, those that no token reached: their weights were approximated, not their outputs."""
+    least: int
+    median: int
+    """Tokens that an expert read."""
+    wanted: int = TOKENS_PER_COLUMN
+
+    def __str__(self) -> str:
+        """ "3 of 8 experts read fewer than 4 tokens for each of their columns, 1 of them none"."""
+        none = f", {self.unread} of them none" if self.unread else ""
+        return (
+            f"{self.few:,} of {self.count:,} experts read fewer than {self.wanted} tokens for each "
+            f"of their columns{none} (the median expert read {self.median:,} tokens)"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +130,7 @@ class Figures:
     scheme: str
     blocks: tuple[BlockFigures, ...]
     end_to_end: TuneFigures | None = None
+    experts: ExpertFigures | None = None
 
     def layers(self) -> list[LayerFigures]:
         """Every quantized layer, in the order of the model."""
@@ -126,6 +152,7 @@ class Figures:
             "mean_relative_error": self.mean_error(),
             "blocks": [asdict(block) for block in self.blocks],
             "end_to_end": asdict(self.end_to_end) if self.end_to_end else None,
+            **({"experts": asdict(self.experts)} if self.experts else {}),
         }
 
 
@@ -148,4 +175,5 @@ def block_from(data: JSON) -> BlockFigures:
 def figures_from(data: JSON) -> Figures:
     """The reverse of `Figures.as_json`."""
     blocks = tuple(block_from(block) for block in data["blocks"])
-    return Figures(data["scheme"], blocks, tuning_from(data["end_to_end"]))
+    experts = ExpertFigures(**data["experts"]) if "experts" in data else None
+    return Figures(data["scheme"], blocks, tuning_from(data["end_to_end"]), experts)

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qconvert import mixture
 from qconvert.arrays import torch_dtype
 from qconvert.blocks import find_blocks
 from qconvert.calibration.activations import Activations, ActivationsWriter, writing
@@ -45,8 +46,10 @@ from qconvert.calibration.report import (
 from qconvert.calibration.solved import (
     BlockWork,
     block_works,
+    damping,
     encoded,
     layer_config,
+    on_experts,
     quantize_block,
 )
 from qconvert.calibration.states import States
@@ -55,6 +58,7 @@ from qconvert.calibration.training import TuningReport
 from qconvert.calibration.tune_kl import KLConfig, tune_kl
 from qconvert.calibration.workers import share_out
 from qconvert.errors import NonFinite, OutOfMemory
+from qconvert.methods.aqlm import TOKENS_PER_COLUMN
 from qconvert.methods.aqlm.layer import quantize_layer
 from qconvert.staging import Staging
 from qconvert.types import Array, Plan
@@ -92,10 +96,11 @@ def solve(
     """
     device = devices[0]
     blocks = find_blocks(plan.structure)
+    apart = mixture.modules(plan.structure, plan.quantized())
     dtype = torch.float32 if device == "cpu" else torch_dtype(plan.dtype)
     with (
         deterministic(threads, device),
-        BlockModel(plan.checkpoint, plan.structure, blocks, device, dtype) as model,
+        BlockModel(plan.checkpoint, plan.structure, blocks, device, dtype, apart) as model,
     ):
         works = block_works(plan, model, blocks.count)
         loop = _Loop(plan, ids, settings, Ledger(staging), model, works, devices, on_event)
@@ -142,7 +147,9 @@ class _Loop:
             figures[work.index] = self._solve_block(work)
         last = None if self.settings.tune == "none" else self._end_to_end()
         self.states.clear()
-        found = Figures(self.plan.method.scheme, tuple(f for f in figures if f), last)
+        blocks = tuple(f for f in figures if f)
+        experts = on_experts(self.plan, [layer for block in blocks for layer in block.layers])
+        found = Figures(self.plan.method.scheme, blocks, last, experts)
         return Calibrated(tuple(self.ledger.files(len(self.works))), found, self.tell.seconds)
 
     # ── one block ────────────────────────────────────────────────────────────────────────────
@@ -209,7 +216,13 @@ class _Loop:
         self.tell.step(path)
         weight = block.get_parameter(f"{path}.weight").detach().to(device, torch.float32)
         matrix = torch.eye(width) if hessian is None else hessian.matrix
-        config = layer_config(entry.method, self.settings.quality, self.settings.seed)
+        tokens = 0 if hessian is None else hessian.tokens
+        config = layer_config(
+            entry.method,
+            self.settings.quality,
+            self.settings.seed,
+            damping=damping(tokens, width),
+        )
         result = quantize_layer(weight, matrix.to(device), config)
         if not math.isfinite(result.error):
             raise NonFinite(
@@ -218,13 +231,20 @@ class _Loop:
                 tensor=entry.tensor.name,
                 hint=f"keep it in full precision with --skip '^{re.escape(name)}$'",
             )
-        tokens = 0 if hessian is None else hessian.tokens
-        few = _UNSEEN if hessian is None else scarcity(tokens, width)
+        few = self._scarcity(tokens, width)
         notes = (*result.notes, few) if few else result.notes
         figures = LayerFigures(name, result.error, tokens, notes)
         tensors = encoded(result, entry, self.plan)
         self.ledger.save_layer(work.index, path, entry.outputs, tensors, figures)
         self.tell.layer(figures, time.monotonic() - started)
+
+    def _scarcity(self, tokens: int, width: int) -> str | None:
+        """Why a layer's Hessian is poor; the same words for all experts that are alike."""
+        few = scarcity(tokens, width)
+        if few is None or tokens == self.settings.tokens:
+            return few
+        enough = TOKENS_PER_COLUMN * width
+        return f"fewer than {enough:,} tokens reached it" if tokens else _UNSEEN
 
     def _finetune(
         self, work: BlockWork, block: nn.Module, inputs: Activations, targets: Activations

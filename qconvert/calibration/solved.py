@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from qconvert import arrays
 from qconvert.arrays import torch_dtype
 from qconvert.calibration.model import BlockModel
-from qconvert.methods.aqlm import AQLM
-from qconvert.methods.aqlm.layer import LayerConfig, LayerResult
+from qconvert.calibration.report import ExpertFigures, LayerFigures
+from qconvert.methods.aqlm import AQLM, TOKENS_PER_COLUMN
+from qconvert.methods.aqlm.layer import DAMPING, LayerConfig, LayerResult
 from qconvert.methods.aqlm.module import replace_linears, stored
 from qconvert.solution import Solution
-from qconvert.types import Action, Array, Plan, PlanEntry, TensorSpec
+from qconvert.types import Action, Array, Kind, Plan, PlanEntry, TensorSpec
 
 
-def layer_config(method: AQLM, quality: str, seed: int = 0) -> LayerConfig:
-    """What the layer solver is told: the scheme, and how hard to try."""
+def layer_config(
+    method: AQLM, quality: str, seed: int = 0, *, damping: float = DAMPING
+) -> LayerConfig:
+    """What the layer solver is told: the scheme, how hard to try, and how far to trust the text."""
     return LayerConfig(
         num_codebooks=method.num_codebooks,
         nbits_per_codebook=method.nbits_per_codebook,
@@ -29,7 +32,19 @@ def layer_config(method: AQLM, quality: str, seed: int = 0) -> LayerConfig:
         dtype=torch_dtype(method.compute_dtype),
         quality=quality,
         seed=seed,
+        damping=damping,
     )
+
+
+def damping(tokens: int, in_features: int) -> float:
+    """What is added to the diagonal of a Hessian of so many tokens, over the mean of that.
+
+    One token in each column, at least `DAMPING`: the directions that few tokens did not show must
+    count as well. Measured on text that was held out, with two layers of the demo model at 2x8g8:
+    a quarter less error than with `DAMPING` where there is a token for each column, 39 % less with
+    a quarter of that, 5 % less with four.
+    """
+    return max(DAMPING, in_features / tokens) if tokens else DAMPING
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +106,30 @@ def encoded(result: LayerResult, entry: PlanEntry, plan: Plan) -> dict[str, Arra
     }
     packed = plan.container.encode(parts, entry.method)
     return {f"{entry.layer.name}.{part}": array for part, array in packed.items()}
+
+
+def on_experts(plan: Plan, layers: Sequence[LayerFigures]) -> ExpertFigures | None:
+    """How the calibration text fell on the experts that `plan` quantizes; None without any."""
+    tokens = {layer.name: layer.samples for layer in layers}
+    reached: dict[str, int] = {}
+    few = set()
+    for entry in plan.quantized():
+        role = plan.structure.roles[entry.tensor.name]
+        if role.kind is Kind.EXPERT and entry.layer is not None:
+            expert = entry.layer.name.rpartition(".")[0]
+            reached[expert] = tokens[entry.layer.name]
+            if reached[expert] < TOKENS_PER_COLUMN * entry.layer.in_features:
+                few.add(expert)
+    if not reached:
+        return None
+    counts = sorted(reached.values())
+    return ExpertFigures(
+        count=len(counts),
+        few=len(few),
+        unread=counts.count(0),
+        least=counts[0],
+        median=counts[len(counts) // 2],
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,10 +164,24 @@ def calibration(facts: Facts) -> str:
     intro += f": {mean:.3g} in the mean of {len(layers):,} layers" if mean is not None else ""
     worst = sorted(layers.items(), key=lambda item: (-item[1], item[0]))[:_WORST]
     rows = [(code(layer), f"{error:.3g}") for layer, error in worst]
+    experts = _experts(as_mapping(figures.get("experts")))
     return (
-        f"## Calibration\n\n{', '.join(facts_of_run)}.\n\n"
+        f"## Calibration\n\n{', '.join(facts_of_run)}.{experts}\n\n"
         f"{intro}; the worst{f' ([all]({_PLOT}))' if _PLOT in facts.mapping('files') else ''}:\n\n"
         f"{table(['layer', 'error'], rows, right=1)}"
+    )
+
+
+def _experts(figures: JSON) -> str:
+    """How the text fell on the experts, where they were quantized; "" otherwise."""
+    keys = ("count", "few", "unread", "median", "wanted")
+    count, few, unread, median, wanted = (as_number(figures.get(key)) for key in keys)
+    if None in (count, few, unread, median, wanted):
+        return ""
+    return (
+        f" An expert reads the tokens that its router sends to it, {median:,} in the median; of "
+        f"{count:,} experts, {few:,} read fewer than {wanted:,} for each of their columns, and "
+        f"{unread:,} none."
     )
 
 

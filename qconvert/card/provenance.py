@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qconvert import contract
+from qconvert import contract, matrix
 from qconvert.card.facts import Facts, as_text
 from qconvert.card.markdown import block, code, hub_link, table
 from qconvert.errors import UsageError
@@ -24,7 +24,7 @@ def loaders(facts: Facts) -> str:
     parts = [f"## Loaders\n\n{ran}"]
     try:
         format_ = contract.load(facts.container) if facts.container else None
-        listed = format_.data["loaders"] if format_ else []
+        listed = matrix.of_format(format_.name) if format_ else []
         if format_ and facts.quantizes_experts:
             listed = format_.experts.get("loaders", listed)
     except UsageError:  # a third party's format

@@ -17,8 +17,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qconvert import errors
+from qconvert import errors, registry
 from qconvert.cli import (
+    batch_verb,
     card_verb,
     compare_verb,
     convert_verbs,
@@ -46,6 +47,7 @@ app = typer.Typer(
 convert_verbs.register(app)
 transcode_verbs.register(app)
 together_verb.register(app)
+batch_verb.register(app)
 read_verbs.register(app)
 compare_verb.register(app)
 card_verb.register(app)
@@ -77,6 +79,7 @@ def main() -> None:
     """The `qconvert` command. Exits with the code of the error tree, 70 on a bug of ours."""
     _open_streams()
     _catch_signals()
+    _say_what_is_left_out()
     try:
         code = app(prog_name="qconvert", standalone_mode=False)
         sys.stdout.flush()
@@ -119,6 +122,12 @@ def _open_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the process's life
         else:
             stream.reconfigure(errors="backslashreplace")
+
+
+def _say_what_is_left_out() -> None:
+    """A line for each method or format of another package that cannot be used."""
+    for one in registry.unusable():
+        _say(f"warning: {one} is left out: {one.problem}")
 
 
 def _catch_signals() -> None:

@@ -1,7 +1,8 @@
 """One verb for each method, and `plan`, which is every one of them with --dry-run.
 
 Typer reads a command's signature. The common options are the same for all methods, so the
-signatures are put together here from two lists, and a new method adds only its own options.
+signatures are put together here from two lists, and a new method adds only its own options. Those
+of another package's method are made of what its `MethodInfo` declares.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from qconvert.errors import UsageError
 from qconvert.types import TORCH_NAMES, Plan, dtype_from_torch
 
 if TYPE_CHECKING:
+    from qconvert.registry import MethodInfo
     from qconvert.request import Request
 
 _Bits = Annotated[int, typer.Option(help="8, 6, 5, 4, 3, 2 or 1.", metavar="N", show_default=False)]
@@ -32,7 +34,7 @@ _Axis = Annotated[
 _Container = Annotated[
     str | None,
     typer.Option(
-        help="compressed-tensors: what transformers 5, vLLM and SGLang read.",
+        help="compressed-tensors: what transformers 5, vLLM and SGLang read. Of hqq: gptq, awq.",
         metavar="NAME",
         show_default="the format's own",
     ),
@@ -187,10 +189,12 @@ WRITING: Parameters = [it for it in (*_PLANNING, *_POURING) if it[0] not in ("sk
 def register(app: typer.Typer) -> None:
     """Adds the methods' verbs, `bnb` and `plan` to the application."""
     planning = typer.Typer(help="Print what a conversion would write, to the byte; write nothing.")
-    for method in registry.METHODS:
-        own = [*_OWN.get(method.verb, []), *(CALIBRATION if method.calibrated else [])]
-        _add(app, method.verb, method.summary, [*own, *_PLANNING, *_POURING])
-        _add(planning, method.verb, method.summary, [*own, *_PLANNING], dry_run=True)
+    for method in registry.methods():
+        panel = "Convert" if method in registry.METHODS else "Convert, with other packages"
+        own = [*_own(method), *(CALIBRATION if method.calibrated else [])]
+        summary = _plain(method.summary)
+        _add(app, method.verb, summary, [*own, *_PLANNING, *_POURING], panel=panel)
+        _add(planning, method.verb, summary, [*own, *_PLANNING], panel=panel, dry_run=True)
     for target, more in ((app, _POURING), (planning, [])):
         _add(
             target,
@@ -202,15 +206,46 @@ def register(app: typer.Typer) -> None:
     app.add_typer(planning, name="plan", no_args_is_help=True, rich_help_panel="Look")
 
 
+def _own(method: MethodInfo) -> Parameters:
+    """The method's options: written by hand, or made of what another package declares.
+
+    The latter have no defaults here: the method has.
+    """
+    if method in registry.METHODS:
+        return _OWN.get(method.verb, [])
+    found: list[tuple[str, Any, Any]] = []
+    for name, help_ in method.options.items():
+        kind = method.types.get(name, str)
+        flag = "--" + name.replace("_", "-")
+        flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+        metavar = None if kind is bool else {int: "N", float: "X"}.get(kind, "NAME")
+        text = f"{_plain(help_[:1].upper() + help_[1:].rstrip('.'))}."
+        option = typer.Option(flags, help=text, metavar=metavar, show_default=False)
+        found.append((name, Annotated[kind | None, option], None))
+    numbers = any(kind is int for kind in method.types.values())
+    return [*found, ("override", _Override, None)] if numbers else found
+
+
+def _plain(text: str) -> str:
+    """Text in which Rich finds no markup."""
+    return text.replace("[", "\\[")
+
+
 def _add(
-    target: typer.Typer, verb: str, summary: str, parameters: Parameters, *, dry_run: bool = False
+    target: typer.Typer,
+    verb: str,
+    summary: str,
+    parameters: Parameters,
+    *,
+    panel: str = "Convert",
+    dry_run: bool = False,
 ) -> None:
     def convert(given: dict[str, Any]) -> None:
         given["dry_run"] = given.get("dry_run", False) or dry_run
         own, options = _method_options(verb, given)
         write(request(own, options, given), given)
 
-    add(target, verb, summary, [("model", opt.Model, ...), *parameters], convert)
+    add(target, verb, summary, [("model", opt.Model, ...), *parameters], convert, panel=panel)
 
 
 def add(
@@ -219,6 +254,8 @@ def add(
     summary: str,
     parameters: Parameters,
     run: Callable[[dict[str, Any]], None],
+    *,
+    panel: str = "Convert",
 ) -> None:
     """Adds a command that writes a checkpoint; `run` gets what the user says, by name."""
 
@@ -239,7 +276,7 @@ def add(
             ),
         ]
     )
-    target.command(verb, help=f"{summary}.", rich_help_panel="Convert")(command)
+    target.command(verb, help=f"{summary}.", rich_help_panel=panel)(command)
 
 
 def request(verb: str, options: dict[str, Any], given: dict[str, Any]) -> Request:
@@ -296,9 +333,10 @@ def write(request: Request, given: dict[str, Any]) -> None:
 
 def _method_options(verb: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The method's name and the options that are its own."""
-    own = [name for name, _, _ in _OWN.get(verb, _BNB_4BIT if verb == "bnb" else [])]
-    chosen = {name: given[name] for name in own if name in given and name != "override"}
-    chosen = {k: v for k, v in chosen.items() if k not in ("container", "zero") or v is not None}
+    parameters = _BNB_4BIT if verb == "bnb" else _own(registry.info(verb))
+    own = [name for name, _, _ in parameters if name in given and name != "override"]
+    unsaid = ("container", "zero") if verb in ("bnb", *_OWN) else own
+    chosen = {k: given[k] for k in own if k not in unsaid or given[k] is not None}
     if verb == "aqlm" and chosen["bits"] is None and chosen["scheme"] is None:
         chosen["bits"] = 2
     if verb == "bnb":

@@ -14,7 +14,7 @@ _NUMBER = r"(\d+(?:\.\d+)*)"
 
 
 def print_loaders(out: Console, what: str, loaders: Sequence[Mapping[str, Any]]) -> None:
-    """The loaders of a format (rows of its tensors.json), one short paragraph each."""
+    """The loaders of a format ("loader", "versions", "status"), one short paragraph each."""
     out.print(f"\n[bold]{what}[/] is read by")
     for loader in loaders:
         text = escape(f"{loader['loader']}: {loader['versions']}")
@@ -34,7 +34,7 @@ def installed(loader: Mapping[str, Any]) -> str:
 
 
 def readable(loader: Mapping[str, Any]) -> bool:
-    """Whether the version installed here is among those that the contract names."""
+    """Whether the version installed here is among those that are named."""
     here, named = _numbers(installed(loader)), loader["versions"]
     if not here or named == "none":
         return False
@@ -44,7 +44,7 @@ def readable(loader: Mapping[str, Any]) -> bool:
         last = _numbers(found[2])
         return _numbers(found[1]) <= here and here[: len(last)] <= last
     found = re.match(_NUMBER, named)
-    return found is not None and here >= _numbers(found[1])
+    return found is not None and here[: len(_numbers(found[1]))] == _numbers(found[1])
 
 
 def _numbers(text: str) -> tuple[int, ...]:

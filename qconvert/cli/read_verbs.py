@@ -157,7 +157,7 @@ def formats(json: opt.Json = False) -> None:
     """List the methods, their options, and which loaders read the result."""
     from qconvert.cli import show_formats
 
-    show_formats.show(registry.METHODS, [contract.load(name) for name in contract.names()], json)
+    show_formats.show(registry.methods(), contract.all_names(), json)
 
 
 def doctor(json: opt.Json = False) -> None:

@@ -137,6 +137,8 @@ def remarks(figures: Figures) -> list[str]:
     ]
     if len(found) > _NOTES:
         found[_NOTES:] = [f"and {len(found) - _NOTES} more: see qconvert-manifest.json"]
+    if figures.experts and figures.experts.few:
+        found.append(str(figures.experts))
     if last := figures.end_to_end:
         found.append(f"the whole model, fine-tuned: {_gain(last)}")
         found += last.notes

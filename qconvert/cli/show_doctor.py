@@ -1,106 +1,61 @@
-"""`qconvert doctor`: what this machine has, what is missing, and the command that installs it.
-
-Reads package metadata and asks the driver; imports none of the libraries it reports on, so that
-a broken one cannot break the doctor.
-"""
+"""`qconvert doctor`: what this machine has, what is missing, and the command that installs it."""
 
 from __future__ import annotations
-
-import importlib.metadata as metadata
-import os
-import platform
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 from rich.markup import escape
 
 from qconvert.cli.show import console, print_json, table
-from qconvert.text import human_bytes
+from qconvert.examination import Examination, examine
+from qconvert.extensions import Extension
 from qconvert.types import JSON
-from qconvert.version import __version__
 
 
 def show(*, json: bool) -> None:
-    report = examine()
+    found = examine()
     if json:
-        print_json(report)
+        print_json(_data(found))
         return
     out = console()
     machine = table("", "")
     machine.show_header = False
-    for label, value in report["machine"].items():
+    for label, value in found.machine.items():
         machine.add_row(label, escape(str(value)))
     out.print(machine)
     rows = table("library", "needed", "installed", "")
-    for name, row in report["libraries"].items():
-        mark = "[green]✓[/]" if row["ok"] else "[red]✗[/]"
-        rows.add_row(name, escape(row["needed"]), row["installed"] or "–", mark)
+    for it in found.libraries:
+        rows.add_row(it.name, escape(it.needed), it.installed or "–", _mark(ok=it.ok))
     out.print(rows)
-    if report["fix"]:
+    if found.extensions:
+        added = table("added", "by", "")
+        for one in found.extensions:
+            mark = f"{_mark(ok=not one.problem)} {escape(one.problem)}"
+            added.add_row(f"{one.kind} {escape(one.name)}", _package(one), mark)
+        out.print(added)
+    if found.fix:
         out.print("[red]missing or too old libraries[/]\n")
-        out.print(f"hint: {escape(report['fix'])}", soft_wrap=True)
+        out.print(f"hint: {escape(found.fix)}", soft_wrap=True)
     else:
         out.print("[green]everything that qconvert needs is installed[/]")
 
 
-def examine() -> JSON:
-    """Machine, libraries against our requirements, and the pip command for what is missing."""
-    libraries: JSON = {}
-    broken = []
-    for requirement in metadata.requires("qconvert") or []:
-        if "extra ==" in requirement:
-            continue
-        name, needed = _split(requirement)
-        try:
-            installed = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed = ""
-        ok = bool(installed) and _at_least(installed, needed)
-        libraries[name] = {"needed": needed, "installed": installed, "ok": ok}
-        if not ok:
-            broken.append(requirement.split(";")[0].strip().replace(" ", ""))
-    fix = ""
-    if broken:
-        fix = f"{sys.executable} -m pip install " + " ".join(f"'{item}'" for item in broken)
-    return {"machine": _machine(), "libraries": libraries, "fix": fix}
-
-
-def _machine() -> JSON:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _data(found: Examination) -> JSON:
     return {
-        "qconvert": __version__,
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "system": platform.platform(),
-        "processors": len(os.sched_getaffinity(0)),
-        "memory": human_bytes(memory),
-        "free here": human_bytes(shutil.disk_usage(Path.cwd()).free),
-        "GPU": _gpu(),
+        "machine": dict(found.machine),
+        "libraries": {
+            it.name: {"needed": it.needed, "installed": it.installed, "ok": it.ok}
+            for it in found.libraries
+        },
+        "extensions": [
+            {"kind": one.kind, "name": one.name, "package": _package(one), "problem": one.problem}
+            for one in found.extensions
+        ],
+        "fix": found.fix,
     }
 
 
-def _gpu() -> str:
-    if shutil.which("nvidia-smi") is None:
-        return "none found: everything runs on the CPU"
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"nvidia-smi failed: {error}"
-    return "; ".join(done.stdout.strip().splitlines())
+def _mark(*, ok: bool) -> str:
+    return "[green]✓[/]" if ok else "[red]✗[/]"
 
 
-def _split(requirement: str) -> tuple[str, str]:
-    found = re.match(r"([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?\s*\(?([^;)]*)", requirement)
-    return (found[1], found[2].strip()) if found else (requirement, "")
-
-
-def _at_least(installed: str, needed: str) -> bool:
-    found = re.search(r">=\s*([0-9.]+)", needed)
-    return found is None or _numbers(installed) >= _numbers(found[1])
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3])
+def _package(one: Extension) -> str:
+    return f"{one.package} {one.version}"

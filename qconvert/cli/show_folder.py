@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from rich.markup import escape
 
 from qconvert.cli.show import console, print_json, table
-from qconvert.decoding import decoded
-from qconvert.errors import CorruptFile, QConvertError, UnsupportedConfig, printable
-from qconvert.source import open_checkpoint
-from qconvert.stored import Stored, open_target, split_revision
+from qconvert.errors import printable
+from qconvert.inspection import FULL, Inspection, inspect
 from qconvert.text import human_bytes
-from qconvert.types import JSON, Checkpoint
-
-FULL = "full precision"
+from qconvert.types import JSON
 
 
 def show(path: str, revision: str | None = None, *, json: bool) -> None:
-    data = _look(path, revision)
+    data = _data(inspect(path, revision=revision))
     if json:
         print_json(data)
         return
@@ -45,83 +42,22 @@ def show(path: str, revision: str | None = None, *, json: bool) -> None:
     out.print(rows)
 
 
-def _look(path: str, revision: str | None) -> JSON:
-    """What is there: a format of formats/, or one that can only be decoded."""
-    try:
-        return describe(open_target(path, revision))
-    except (CorruptFile, UnsupportedConfig) as error:
-        name, named = split_revision(path)
-        try:
-            found = open_checkpoint(name, revision=revision or named, quantized=True)
-            return describe_source(found, decoded(found))
-        except QConvertError as other:
-            raise (other if isinstance(error, UnsupportedConfig) else error) from None
-
-
-def describe_source(stored: Checkpoint, source: Checkpoint) -> JSON:
-    """The same of a checkpoint that others quantized, as it lies there and as it is decoded."""
-    method = stored.config["quantization_config"]["quant_method"]
-    modules: JSON = {}
-    for name, info in source.tensors.items():
-        parts = source.parts(info)
-        if name in source.encoded:
-            options = {"stored": parts[0].dtype, "decoded": info.dtype}
-            size = sum(part.nbytes for part in parts)
-            modules[name.removesuffix(".weight")] = _module(method, options, size, info.numel)
-        else:
-            modules[name] = _module(FULL, {"dtype": info.dtype}, info.nbytes, info.numel)
-    return _about(stored, method, None, modules)
-
-
-def describe(stored: Stored) -> JSON:
-    """Everything that headers, config and manifest say about a quantized checkpoint."""
-    modules: JSON = {}
-    anonymous = stored.container.name == "compressed-tensors"  # it does not say what made it
-    for name, (layer, method) in stored.layers.items():
-        size = sum(spec.nbytes for spec in stored.specs(name))
-        how = stored.container.name if anonymous else method.name
-        modules[name] = _module(how, method.options(), size, layer.tensor.numel)
-    for name, info in stored.copies.items():
-        modules[name] = _module(FULL, {"dtype": info.dtype}, info.nbytes, info.numel)
-    return _about(stored.checkpoint, stored.container.name, stored.manifest, modules)
-
-
-def _about(checkpoint: Checkpoint, format_: str, manifest: JSON | None, modules: JSON) -> JSON:
-    size = sum(module["bytes"] for module in modules.values())
-    weights = sum(module["weights"] for module in modules.values())
-    manifest = manifest or {}
-    source = manifest.get("source", {})
-    versions = manifest.get("versions", {})
-    repository = checkpoint.repository
+def _data(found: Inspection) -> JSON:
     return {
-        "folder": None if checkpoint.remote else str(checkpoint.root),
-        "repository": repository.id if repository else None,
-        "commit": repository.commit if repository else None,
-        "format": format_,
-        "source": source.get("repo_id") or source.get("name"),
-        "revision": source.get("revision"),
-        "verdict": _verdict(manifest),
-        "made with": ", ".join(f"{name} {number}" for name, number in versions.items()),
-        "bytes": size,
-        "bits per weight": 8 * size / max(1, weights),
-        "modules": modules,
-    }
-
-
-def _verdict(manifest: JSON) -> str | None:
-    """What the manifest claims; None without one."""
-    if not manifest:
-        return None
-    return manifest.get("validation", {}).get("verdict") or "not validated"
-
-
-def _module(method: str, options: JSON, size: int, weights: int) -> JSON:
-    return {
-        "method": method,
-        "options": options,
-        "bytes": size,
-        "weights": weights,
-        "bits per weight": 8 * size / max(1, weights),
+        "folder": found.folder,
+        "repository": found.repository,
+        "commit": found.commit,
+        "format": found.format,
+        "source": found.source,
+        "revision": found.revision,
+        "verdict": found.verdict,
+        "made with": ", ".join(f"{name} {number}" for name, number in found.versions.items()),
+        "bytes": found.bytes,
+        "bits per weight": found.bits_per_weight,
+        "modules": {
+            name: {**asdict(module), "bits per weight": module.bits_per_weight}
+            for name, module in found.modules.items()
+        },
     }
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
-from qconvert.batching.short import label, method_of
 from qconvert.cli import convert_verbs
 from qconvert.cli import options as opt
-from qconvert.errors import QConvertError, UsageError
+from qconvert.errors import QConvertError
 from qconvert.types import JSON
 
 _To = Annotated[
@@ -46,25 +44,17 @@ def register(app: typer.Typer) -> None:
 def _run(given: dict[str, Any]) -> None:
     from qconvert.cli import show
     from qconvert.cli.progress import progress_bar
-    from qconvert.conversion import Outcome, convert_together, find_target, plan
-    from qconvert.request import default_name
+    from qconvert.conversion import Outcome, convert_together, find_target
+    from qconvert.together import methods_of, placed
 
     folder = given.pop("output")
-    asked = [method_of(text) for text in given["to"].split(",")]
-    labels = [label("", verb, options).strip() for verb, options in asked]
-    if twice := {name for name in labels if labels.count(name) > 1}:
-        raise UsageError(f"--to names {min(twice)} twice")
+    asked = methods_of(given["to"].split(","))
+    labels = list(asked)
     given |= {"output": None, "repo_id": None}
-    requests = [convert_verbs.request(verb, options, given) for verb, options in asked]
+    requests = [convert_verbs.request(verb, options, given) for verb, options in asked.values()]
     screen = show.Screen(json=given["json"], quiet=given["quiet"])
     if folder is not None or given["dry_run"]:
-        first = plan(requests[0])
-        plans = [first, *(plan(request, first.checkpoint) for request in requests[1:])]
-        names = [default_name(r, planned) for r, planned in zip(requests, plans, strict=True)]
-        if folder is not None:
-            requests = [
-                replace(r, output=folder / name) for r, name in zip(requests, names, strict=True)
-            ]
+        requests, plans = placed(requests, folder)
     if given["dry_run"]:
         for request, planned in zip(requests, plans, strict=True):
             screen.plan(planned, request, None, find_target(request, planned))

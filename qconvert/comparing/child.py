@@ -11,7 +11,7 @@ from qconvert.validation import isolation
 
 
 def main() -> None:
-    request, _, say = isolation.enter()
+    requests, _, say = isolation.enter()
 
     from qconvert.comparing import measuring
 
@@ -21,8 +21,9 @@ def main() -> None:
         say({"step": steps.index(what), "steps": len(steps), "what": what})
 
     tell("libraries")
-    run = measuring.quantized if request["folder"] else measuring.source
-    say({"result": asdict(run(request, tell))})
+    for request in requests:
+        run = measuring.quantized if request["folder"] else measuring.source
+        say({"result": asdict(run(request, tell))})
 
 
 if __name__ == "__main__":

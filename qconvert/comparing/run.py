@@ -32,7 +32,8 @@ from qconvert.planning import announced_dtype
 from qconvert.source import localize
 from qconvert.stored import open_stored, open_target
 from qconvert.types import JSON, TORCH_NAMES, Checkpoint, Plan, Progress
-from qconvert.validation import isolation, process, truncate
+from qconvert.validation import isolation, truncate
+from qconvert.validation.process import ChildProcess, Ended, alone
 from qconvert.validation.reload import HELD_OUT
 from qconvert.validation.reports import rounded
 
@@ -257,11 +258,11 @@ class _Bench:
                 return replace(row, notes=(*row.notes, why))
         return _filled(row, ended.result)
 
-    def _child(self, name: str, entrant: Entrant | None = None, own: str = "") -> process.Ended:
+    def _child(self, name: str, entrant: Entrant | None = None, own: str = "") -> Ended:
         """What a child says of the source, or of a format; by our own dequantization if `own` tells
         why.
         """
-        device, variables = process.alone(self.main)
+        device, variables = alone(self.main)
         if entrant is not None and entrant.stored.container.name == "aqlm":
             variables |= isolation.SERIAL
         request: JSON = {
@@ -275,11 +276,8 @@ class _Bench:
             "dtype": self.dtype,
             "seed": self.seed,
         }
-        with tempfile.TemporaryDirectory(dir=self.scratch) as home:
-            return process.run(
-                "qconvert.comparing.child", request, variables, Path(home), TIMEOUT,
-                self.progress, name,
-            )  # fmt: skip
+        with ChildProcess("qconvert.comparing.child", name) as child:
+            return child.ask(request, variables, TIMEOUT, self.progress)
 
 
 def _filled(row: Row, result: Mapping[str, Any]) -> Row:

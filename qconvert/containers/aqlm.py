@@ -128,9 +128,15 @@ AQLM_CONTAINER = AQLMContainer()
 
 
 def expert_names(plan: Plan) -> tuple[str, ...]:
-    """Weights of experts as transformers 4 has them, full paths; () if there are too many."""
-    names = tuple(n for n, role in plan.structure.roles.items() if role.kind is Kind.EXPERT)
-    return names if len(names) <= MAX_EXPERT_NAMES else ()
+    """Weights of experts that stay, as transformers 4 has them, full paths.
+
+    () if they are too many for transformers 5, unless that cannot read the checkpoint anyway.
+    """
+    experts = [n for n, role in plan.structure.roles.items() if role.kind is Kind.EXPERT]
+    quantized = {entry.tensor.name for entry in plan.quantized()}
+    names = tuple(name for name in experts if name not in quantized)
+    unread = len(names) < len(experts)
+    return names if unread or len(names) <= MAX_EXPERT_NAMES else ()
 
 
 # ── codes and floats ─────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 
-from qconvert import modelconfig, source
+from qconvert import contract, modelconfig, source
 from qconvert.decoding.found import Found, announced, full_precision
 from qconvert.errors import UsageError, printable
 from qconvert.types import JSON, TORCH_NAMES, Checkpoint
@@ -25,10 +25,12 @@ __all__ = ["decoded", "open_source"]
 
 _READERS: Mapping[str, str] = {
     "aqlm": "own",
+    "awq": "own",
     "bitsandbytes": "own",
     "compressed-tensors": "compressed",
     "eetq": "own",
     "fp8": "fp8",
+    "gptq": "own",
     "hqq": "own",
     "mxfp4": "mxfp4",
 }
@@ -53,6 +55,8 @@ def decoded(checkpoint: Checkpoint, *, anew: bool = True) -> Checkpoint:
     config = checkpoint.config.get("quantization_config")
     method = config.get("quant_method") if isinstance(config, dict) else None
     module = _READERS.get(str(method))
+    if module is None and isinstance(method, str) and contract.load_added(method) is not None:
+        module = "own"
     if module is None or not isinstance(config, dict):
         modelconfig.refuse_quantized(checkpoint.config, decoded=_READERS)
         return checkpoint

@@ -6,17 +6,21 @@ float32; a loader computes in the dtype of the model, and rounds where its libra
 - bitsandbytes: float32, rounded once, for 4 bits to the dtype that the quant_state names; its
   kernels know the codebook and do not read the one in the file;
 - hqq: code less zero, and the product with the scale, each in `compute_dtype`;
+- gptq, awq: the product of code less zero and scale in float16, as their reference code does;
 - EETQ: the product of code and scale in float16, as its kernel makes weights;
-- aqlm: the sum of the vectors, and the product with the scale, each in the codebooks' dtype.
+- aqlm: the sum of the vectors, and the product with the scale, each in the codebooks' dtype;
+- a format of another package: what its container decodes, rounded once.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
-from qconvert import arrays, stored
+from qconvert import arrays, contract, stored
 from qconvert.containers import eetq, hqq
 from qconvert.decoding import parts
 from qconvert.decoding.found import Found, announced, largest_first, part
@@ -29,6 +33,7 @@ from qconvert.decoding.scaled import (
     Scaled,
     store,
 )
+from qconvert.decoding.stripes import Striped, StripedCodes, StripedFloats, StripedZeros
 from qconvert.errors import CorruptFile
 from qconvert.lazy import np
 from qconvert.methods.aqlm import AQLM
@@ -37,7 +42,17 @@ from qconvert.methods.eetq import EETQ
 from qconvert.methods.hqq import HQQ
 from qconvert.methods.llm_int8 import ONE_127TH, LLMInt8
 from qconvert.source import Reader
-from qconvert.types import JSON, Array, Checkpoint, Encoded, ReadStored, TensorInfo
+from qconvert.tiles import TILE_ELEMENTS
+from qconvert.types import (
+    JSON,
+    Array,
+    Checkpoint,
+    Encoded,
+    Layer,
+    ReadStored,
+    TensorInfo,
+    Tile,
+)
 
 
 def find(checkpoint: Checkpoint, config: JSON) -> Found:
@@ -49,7 +64,7 @@ def find(checkpoint: Checkpoint, config: JSON) -> Found:
     bits = set()
     with known.reader() as reader:
         for name, (layer, method) in known.layers.items():
-            inner = _decoder(_Parts(known, name, reader), announced(checkpoint))
+            inner = _decoder(_Parts(known, name, reader), announced(checkpoint), known)
             how: Encoded = inner
             if layer.transposed:
                 how = Transposed(inner, layer.out_features, layer.in_features)
@@ -64,6 +79,7 @@ class _Parts:
 
     def __init__(self, known: stored.Stored, name: str, reader: Reader) -> None:
         self.layer, self.method = known.layers[name]
+        self.container = known.container.name
         self._known, self._name, self._reader = known, name, reader
         self._specs = {spec.name: spec for spec in known.specs(name)}
 
@@ -85,10 +101,14 @@ class _Parts:
         return found
 
 
-def _decoder(of: _Parts, announced: str) -> Scaled | Additive:
+def _decoder(of: _Parts, announced: str, known: stored.Stored) -> Scaled | Additive | Tiled:
+    if contract.load(known.container.name).added is not None:
+        straight = replace(of.layer, transposed=False, tensor=_straight(of.layer))
+        alone = replace(known, layers={of.layer.name: (straight, of.method)})
+        return Tiled(of.all(), alone, announced)
     match of.method:
         case HQQ():
-            return _hqq(of)
+            return _striped(of) if of.container in ("gptq", "awq") else _hqq(of)
         case BnB4bit():
             return _bnb_4bit(of)
         case LLMInt8():
@@ -163,6 +183,26 @@ class Slabs:
             words = parts.read(read_stored, self.part, a - first, b - first)
             codes[a - start : b - start] = hqq.unpack_slab(words, self.bits, slab)
         return codes
+
+
+# ── gptq, awq ────────────────────────────────────────────────────────────────────────────────
+
+
+def _striped(of: _Parts) -> Striped:
+    method: Any = of.method
+    rows, columns = of.layer.out_features, of.layer.in_features
+    size = columns if method.group_size == -1 else method.group_size
+    words, scales, zeros = of["qweight"], of["scales"], of["qzeros"]
+    return Striped(
+        parts=of.all(words, scales, zeros),
+        codes=StripedCodes(words, of.container, method.bits, columns),
+        meaning=Known("U8"),
+        grid=Grid(rows, columns, 1, size),
+        scales=StripedFloats(scales),
+        zeros=StripedZeros(zeros, of.container, method.bits),
+        dtype=method.compute_dtype,
+        computed=method.compute_dtype,
+    )
 
 
 # ── bitsandbytes ─────────────────────────────────────────────────────────────────────────────
@@ -292,6 +332,52 @@ class Additive:
         store(values, "F32", self.dtype, out)
 
 
+# ── formats of other packages ────────────────────────────────────────────────────────────────
+
+
+def _straight(layer: Layer) -> TensorInfo:
+    """The source tensor of a layer as [out_features, in_features]."""
+    return replace(layer.tensor, shape=(layer.out_features, layer.in_features))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiled:
+    """The weights of one layer as its container decodes them, tile by tile, rounded to `dtype`."""
+
+    parts: tuple[TensorInfo, ...]
+    alone: stored.Stored
+    """A checkpoint of this one layer."""
+    dtype: str
+
+    @property
+    def kept_bytes(self) -> int:
+        return 8 * TILE_ELEMENTS + sum(part.nbytes for part in self.parts[1:])
+
+    def read(
+        self, read_stored: ReadStored, start_element: int, stop_element: int, out: memoryview
+    ) -> None:
+        (name,) = self.alone.layers
+        reader: Any = SimpleNamespace(read=read_stored)
+        layer = stored.LayerReader(self.alone, name, reader)
+        values = np.empty(stop_element - start_element, np.float32)
+        for tile in layer.tiles:
+            at = 0
+            for start, stop in tile.reads:
+                first, last = max(start, start_element), min(stop, stop_element)
+                if first < last:
+                    weights = parts.kept(
+                        (read_stored, self, tile.index), partial(_flat, layer, tile)
+                    )
+                    found = weights[at + first - start : at + last - start]
+                    values[first - start_element : last - start_element] = found
+                at += stop - start
+        store(values, "F32", self.dtype, out)
+
+
+def _flat(layer: stored.LayerReader, tile: Tile) -> Array:
+    return layer.decode(tile).astype(np.float32, copy=False).reshape(-1)
+
+
 # ── transposed sources ───────────────────────────────────────────────────────────────────────
 
 
@@ -303,7 +389,7 @@ class Transposed:
     that will want the next rows.
     """
 
-    inner: Scaled | Additive
+    inner: Scaled | Additive | Tiled
     rows: int
     columns: int
 

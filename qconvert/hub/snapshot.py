@@ -80,15 +80,20 @@ def weights(
     )
 
 
+def missing_bytes(repository: Repository, names: Collection[str]) -> int:
+    """How much `weights` would have to download of these files."""
+    blobs = folder(repository.id) / "blobs"
+    files = [repository.files[name] for name in names if name in repository.files]
+    return sum(file.size for file in files if not (blobs / (file.sha256 or file.oid)).exists())
+
+
 def _check_space(repository: Repository, names: Collection[str]) -> None:
     """Raises DiskFull before anything is fetched that the cache's disk has no room for."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    blobs = _folder(repository.id) / "blobs"
-    files = [repository.files[name] for name in names]
-    need = sum(file.size for file in files if not (blobs / (file.sha256 or file.oid)).exists())
-    folder = next(p for p in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if p.exists())
-    free = shutil.disk_usage(folder).free
+    need = missing_bytes(repository, names)
+    disk = next(p for p in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if p.exists())
+    free = shutil.disk_usage(disk).free
     if free < need:
         raise DiskFull(
             f"not enough space in {HF_HUB_CACHE} to download {repository.id}: {need:,} bytes "
@@ -130,7 +135,7 @@ def cached(repo_id: str, revision: str | None, why: Network) -> tuple[Path, Repo
             )
         )
     except (LocalEntryNotFoundError, HFValidationError):
-        if commits := [folder.name for folder in _snapshots(repo_id) if _whole(folder)][:3]:
+        if commits := [it.name for it in _snapshots(repo_id) if _whole(it)][:3]:
             why.hint = f"in the cache: --revision {' or --revision '.join(commits)}"
         raise why from None
     if not _whole(root):
@@ -182,7 +187,8 @@ def compare(root: Path, name: str, promised: RemoteFile, stop: Event | None = No
         )
 
 
-def _folder(repo_id: str) -> Path:
+def folder(repo_id: str) -> Path:
+    """Where the cache keeps a repository."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 
@@ -190,7 +196,7 @@ def _folder(repo_id: str) -> Path:
 
 
 def _snapshots(repo_id: str) -> list[Path]:
-    return sorted((_folder(repo_id) / "snapshots").glob("[0-9a-f]" * 40))
+    return sorted((folder(repo_id) / "snapshots").glob("[0-9a-f]" * 40))
 
 
 def _whole(root: Path) -> bool:

@@ -228,17 +228,30 @@ def with_integer_zeros(
     for option, value, allowed in (
         ("bits", bits, (8, 4)),
         ("group_size", group_size, (32, 64, 128, -1)),
+        ("axis", axis, (1,)),
         ("zero", zero, ("integer", "middle")),
     ):
         if value not in allowed:
             listed = ", ".join(str(choice) for choice in allowed)
             raise UsageError(
                 f"{option} of hqq where zeros are codes",
-                expected=f"one of {listed}",
+                expected=f"one of {listed}" if len(allowed) > 1 else listed,
                 got=value,
                 hint="without --container, qconvert hqq has more of them",
             )
     return HQQ(bits, group_size, axis, compute_dtype, zero)
+
+
+def awq(bits: int = 4, group_size: int = 64, axis: int = 1, compute_dtype: str = "F16") -> HQQ:
+    """HQQ with integer zeros as AWQ has them, of 4 bits alone. Raises UsageError for others."""
+    if bits != 4:
+        raise UsageError(
+            "bits of hqq in the container awq",
+            expected="4",
+            got=bits,
+            hint="--container gptq has 8, on a symmetric grid",
+        )
+    return with_integer_zeros(bits, group_size, axis, compute_dtype, "integer")
 
 
 def int8_rows(compute_dtype: str = "BF16") -> HQQ:

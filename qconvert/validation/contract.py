@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from reprlib import repr as shortened
 from typing import Any
 
@@ -117,7 +117,7 @@ def _skip_list(stored: Stored, structure: Structure) -> Iterable[str]:
     key = data["skip_list"]
     spellings: list[str] = data.get("skip_spellings", ["{path}"])
     listed = stored.config["quantization_config"].get(key)
-    entries = frozenset(listed or ())
+    entries = frozenset(_paths(listed) if isinstance(listed, dict) else listed or ())
     heads = {role.module for role in structure.roles.values() if role.kind is Kind.HEAD}
     patterns, strange = _patterns(entries)
     for path, name in structure.modules.items():
@@ -137,12 +137,25 @@ def _skip_list(stored: Stored, structure: Structure) -> Iterable[str]:
         elif not covered or missing:
             absent = path if not covered else missing[0]
             yield f"config.json, {key}: {absent} is missing, as some loaders spell it"
-    yield from _experts(structure, quantized, entries, key)
+    yield from _experts(structure, quantized, entries, spellings, key)
     yield from _absent(structure)
 
 
+def _paths(patterns: Iterable[str]) -> list[str]:
+    """What GPTQ's `dynamic` leaves alone: paths, as patterns that match nothing else.
+
+    The patterns of others are not evaluated, and no path is like them.
+    """
+    negative = (pattern for pattern in patterns if pattern.startswith("-:"))
+    return [re.sub(r"\\(.)", r"\1", it.removeprefix("-:").removesuffix("$")) for it in negative]
+
+
 def _experts(
-    structure: Structure, quantized: Set[str], entries: Set[str], key: str
+    structure: Structure,
+    quantized: Set[str],
+    entries: Set[str],
+    spellings: Sequence[str],
+    key: str,
 ) -> Iterable[str]:
     """Where an expert is quantized, transformers 4 is to load it, which builds all of them."""
     experts = [
@@ -154,8 +167,12 @@ def _experts(
     for name in experts:
         if _covered(name, entries) and name in quantized:
             yield f"config.json, {key}: the expert {name} is listed, and quantized"
-        elif some and name not in quantized and not _covered(name, entries):
-            yield f"config.json, {key}: the expert {name} is neither quantized nor listed"
+        elif some and name not in quantized:
+            spelled = [spelling.format(path=name) for spelling in spellings[1:]]
+            if not _covered(name, entries):
+                yield f"config.json, {key}: the expert {name} is neither quantized nor listed"
+            elif missing := [other for other in spelled if other not in entries]:
+                yield f"config.json, {key}: {missing[0]} is missing, as some loaders spell it"
 
 
 _PATTERN = re.compile(r"(?:[\w^$-]|\\[.-]|\.\*|\.|\((?:\w+\|)*\w+\))*")
@@ -206,7 +223,7 @@ def _tensors(stored: Stored) -> Iterable[str]:
                         f"got {info.dtype} {list(info.shape)}"
                     )
                 elif rule.value is not None:
-                    expected = _constant(rule.value, env, info.dtype)
+                    expected = _constant(rule.value, env, info)
                     found = arrays.values(read_raw(reader, info), info.dtype)
                     if found != expected:
                         yield f"{where}: expected {shortened(expected)}, got {shortened(found)}"
@@ -218,12 +235,12 @@ def _unpadded(spec: TensorSpec, info: TensorInfo) -> bool:
     return text and info.shape < spec.shape
 
 
-def _constant(value: Any, env: Mapping[str, Any], dtype: str) -> list[Any]:
-    """The numbers that a rule of tensors.json stands for, as `dtype` can hold them."""
+def _constant(value: Any, env: Mapping[str, Any], info: TensorInfo) -> list[Any]:
+    """The numbers that a rule of tensors.json stands for, as the tensor can hold them."""
     if isinstance(value, str):
         return list(value.format_map(env).encode())
-    numbers = value if isinstance(value, list) else [value]
-    if dtype == "F32":
+    numbers = value if isinstance(value, list) else [value] * info.numel
+    if info.dtype == "F32":
         return list(struct.unpack(f"{len(numbers)}f", struct.pack(f"{len(numbers)}f", *numbers)))
     return numbers
 

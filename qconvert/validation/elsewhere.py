@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from qconvert import devices
+from qconvert import contract, devices
 from qconvert.stored import Stored
 from qconvert.types import JSON, Check
 from qconvert.validation import isolation, loaders, measure
@@ -64,15 +64,16 @@ class Elsewhere:
         self.classes: dict[str, str] = seen["classes"]
         told = ", model.to(device, dtype)" if seen["told"] else ""
         self.loader = f"{seen['loader']}{told}"
-        if library := next((it for it in environment.versions if it == stored.container.name), ""):
-            self.loader += f", {library} {environment.versions[library]}"
+        for library in contract.load(stored.container.name).libraries:
+            if found := environment.versions.get(library):
+                self.loader += f", {library} {found}"
         self.checks: list[Check] = []
         if seen["told"]:
             line = f'model.to("{device}", {dtype})'
             detail = f"HQQLinear computes in {dtype} after {line}, as the card says"
             self.checks.append(Check("loads as its card documents", True, detail))
 
-    def outputs(self) -> Tensor:
+    def outputs(self, text: Text) -> Tensor:
         if self._seen["raised"]:
             raise Raised(self._seen["raised"])
         return self._outputs

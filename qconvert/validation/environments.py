@@ -28,6 +28,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
+from qconvert import contract
 from qconvert.errors import DependencyMissing, NotWritable, UsageError, printable
 from qconvert.types import JSON, Progress
 
@@ -106,7 +107,7 @@ def parse(text: str) -> Spec:
 
 
 def make(spec: Spec, library: str, progress: Progress | None = None) -> Environment:
-    """The environment with that loader, and the `library` of a format beside it ("hqq", "aqlm").
+    """The environment with that loader, and the libraries of the format `library` beside it.
 
     It is made if it is not there, or no longer works, which takes minutes. Raises
     DependencyMissing where pip cannot install it, UsageError for a loader that does not read the
@@ -161,15 +162,15 @@ def folder() -> Path:
 def _requirements(spec: Spec, library: str) -> list[str]:
     """What pip is asked for: the pins, then the companions, as they are here."""
     pins = {name: version for name, version in spec.pins.items() if name != OURS}
-    for name in ("torch", "transformers", "accelerate", library):
-        pins.setdefault(name, _version_here(name))
+    for name in ("torch", "transformers", "accelerate", *contract.load(library).libraries):
+        pins.setdefault(name, version_here(name))
     return [
         f"{name}{_EXTRAS.get(name, '')}" + (f"=={version}" if version else "")
         for name, version in pins.items()
     ]
 
 
-def _version_here(name: str) -> str:
+def version_here(name: str) -> str:
     """Without a local part ("+cpu"), which no index has; "" where it is not installed."""
     found = _distribution(name)
     return found.version.partition("+")[0] if found else ""

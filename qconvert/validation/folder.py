@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qconvert import contract, modelconfig
 from qconvert.containers.plain import PLAIN
@@ -36,6 +37,9 @@ from qconvert.validation.reports import (
     require,
     verdict,
 )
+
+if TYPE_CHECKING:
+    from qconvert.validation.reload import ReloadProcess
 
 __all__ = [
     "LEVELS",
@@ -108,6 +112,11 @@ def validate_folder(
         )
     wanted = [level for level in LEVELS if level in asked]
     library = stored.container.name
+    if specs and (added := contract.load(library).added) is not None:
+        raise UsageError(
+            f"--loader {specs[0].text}: {library} is read by {added.package}, as it is installed",
+            hint="leave --loader out",
+        )
     if contract.load(library).no_reload:
         specs = []
     places = [environments.make(spec, library, progress) for spec in specs]
@@ -120,6 +129,7 @@ def validate_plan(
     *,
     branch: tuple[str, str] | None = None,
     numeric: Report | None = None,
+    process: ReloadProcess | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Validation:
@@ -127,7 +137,7 @@ def validate_plan(
 
     `branch`: repository and commit where the shards lie, if they are on the Hub and only all else
     is in `tree`. `numeric` is that level's report where each tensor was compared as it was made
-    (`streamed.py`).
+    (`streamed.py`). `process`: where it is reloaded, if several results share that.
     """
     plain = plan.container.name == PLAIN.name
     try:
@@ -137,7 +147,7 @@ def validate_plan(
     except QConvertError as error:
         return _validation([unreadable(error)])
     return _prove(
-        LEVELS, stored, plan.checkpoint, plan=plan, numeric=numeric, device=device,
+        LEVELS, stored, plan.checkpoint, plan=plan, numeric=numeric, process=process, device=device,
         progress=progress,
     )  # fmt: skip
 
@@ -175,6 +185,7 @@ def _prove(
     plan: Plan | None = None,
     numeric: Report | None = None,
     places: Sequence[Environment] = (),
+    process: ReloadProcess | None = None,
     device: str,
     progress: Progress | None,
 ) -> Validation:
@@ -183,7 +194,8 @@ def _prove(
         CONTRACT: [lambda: check_contract(stored, structure=structure, plan=plan)],
         NUMERIC: [lambda: numeric or _numeric(stored, source, plan, progress)],
         RELOAD: [
-            partial(_reload, stored, source, place, device, progress) for place in places or (None,)
+            partial(_reload, stored, source, place, process, device, progress)
+            for place in places or (None,)
         ],
     }
     reports: list[Report] = []
@@ -213,12 +225,15 @@ def _reload(
     stored: Stored,
     source: Checkpoint | None,
     place: Environment | None,
+    process: ReloadProcess | None,
     device: str,
     progress: Progress | None,
 ) -> Report:
     from qconvert.validation.reload import check_reload
 
-    report = check_reload(stored, source, device=device, environment=place, progress=progress)
+    report = check_reload(
+        stored, source, device=device, environment=place, process=process, progress=progress
+    )
     if source is not None and not source.remote:
         with SourceReader(source) as reader:  # the child opened the files anew
             for file in source.files:

@@ -18,7 +18,8 @@ import signal
 import site
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,17 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
-def enter() -> tuple[dict[str, Any], str, Callable[[dict[str, Any]], None]]:
-    """The first thing a child does: reads its request, and gives up what it may not have.
+def enter() -> tuple[Iterator[dict[str, Any]], str, Callable[[dict[str, Any]], None]]:
+    """The first thing a child does: reads its first request, and gives up what it may not have.
 
-    Returns the request, by which means the network is cut, and what says something to the parent:
-    whatever libraries print goes to stderr from now on.
+    Returns all requests as they come, by which means the network is cut, and what says something to
+    the parent: whatever libraries print goes to stderr from now on.
     """
-    request: dict[str, Any] = json.loads(sys.stdin.buffer.read())
-    die_with_parent(request["parent"])
+    lines = iter(sys.stdin.buffer.readline, b"")
+    first: dict[str, Any] = json.loads(next(lines))
+    die_with_parent(first["parent"])
     network = cut_network()
-    if request["device"] == "cpu":
+    if first["device"] == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bitsandbytes prefers a GPU that it can see
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -72,7 +74,7 @@ def enter() -> tuple[dict[str, Any], str, Callable[[dict[str, Any]], None]]:
     def say(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=channel, flush=True)
 
-    return request, network, say
+    return chain([first], map(json.loads, lines)), network, say
 
 
 def cut_network() -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qconvert import modelconfig
+from qconvert import contract, extensions, modelconfig
 from qconvert.arrays import to_torch, torch_dtype
 from qconvert.decoding import decoded
 from qconvert.errors import ContractViolation
@@ -39,6 +39,10 @@ _SAFE: dict[str, Any] = {
     "use_safetensors": True,
     "output_loading_info": True,
 }
+GPTQMODEL = ("gptq", "awq")
+"""Formats that gptqmodel runs."""
+_CPU_GROUPS = (32, 64, 128, 256)
+"""Sizes that its kernels for 4 bits know there."""
 _KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
@@ -96,7 +100,8 @@ def compute_dtype(stored: Stored, device: str = "cpu", *, elsewhere: bool = Fals
 
     HQQLinear computes in any, so in the one that shows most; in another environment in the one
     of its card, since transformers 4.57 has to be told. aqlm's kernel for codebooks of 256
-    vectors computes in float32 alone on a CPU, its CUDA kernels in 16 bits alone.
+    vectors computes in float32 alone on a CPU, its CUDA kernels in 16 bits alone. gptqmodel's
+    kernels for 4 bits on a CPU round scales and activations to bfloat16.
     """
     announced = torch_dtype(announced_dtype(stored.checkpoint))
     if stored.container.name == "hqq" and not elsewhere:
@@ -105,6 +110,8 @@ def compute_dtype(stored: Stored, device: str = "cpu", *, elsewhere: bool = Fals
         return torch.float32
     if stored.container.name == "aqlm" and announced is torch.float32:
         return torch.bfloat16
+    if stored.container.name in GPTQMODEL and device == "cpu":
+        return torch.bfloat16 if _in_4_bits(stored) else announced
     return announced
 
 
@@ -133,8 +140,13 @@ def _built(
 
 
 def stock(stored: Stored, dtype: Any, device: str) -> Loaded:
-    """`from_pretrained`, as a user calls it."""
+    """`from_pretrained`, as a user calls it, or the loader of a format of another package."""
     library, after = stored.container.name, ""
+    format_ = contract.load(library)
+    if format_.added is not None:
+        model, info = extensions.resolve(format_.loader)(stored.root, dtype=dtype, device=device)
+        name = f"{format_.loader} of {format_.added.package} {format_.added.version}"
+        return Loaded(model, _complaints(info), name)
     if library == "hqq":
         from qconvert.loaders import reads_hqq
 
@@ -145,7 +157,8 @@ def stock(stored: Stored, dtype: Any, device: str) -> Loaded:
         stored.root, dtype=asked_dtype(stored, dtype), **place, **_SAFE
     )
     name = f"transformers {_version('transformers')} {cls.__name__}.from_pretrained{after}"
-    name += f", {library} {_version(library)}" if stored.layers else ""
+    if stored.layers:
+        name += "".join(f", {it} {_version(it)}" for it in contract.load(library).libraries)
     return Loaded(model, _complaints(info), name)
 
 
@@ -212,13 +225,27 @@ def _refuse_code(text: bytes, info: TensorInfo) -> None:
         )
 
 
-def cpu_refusal(stored: Stored) -> str:
-    """Why bitsandbytes' CPU kernels cannot run a stored 4-bit layer, or "".
+def _in_4_bits(stored: Stored) -> bool:
+    return any(method.bits == 4 for _, method in stored.layers.values())
 
-    `dequantize_4bit` is wrong on a CPU for in_features % 64 != 0, and the forward pass asserts
-    out_features % 32 == 0 (bitsandbytes 0.50.2): the stored bytes are right all the same.
+
+def cpu_refusal(stored: Stored) -> str:
+    """Why a library's CPU kernels cannot run a stored 4-bit layer, or "".
+
+    bitsandbytes' `dequantize_4bit` is wrong on a CPU for in_features % 64 != 0, and the forward
+    pass asserts out_features % 32 == 0 (0.50.2); gptqmodel hands rows to a kernel that refuses them
+    (7.6.0). The stored bytes are right all the same.
     """
     for name, (layer, method) in stored.layers.items():
+        if (
+            stored.container.name in GPTQMODEL
+            and (method.bits, getattr(method, "group_size", 0)) == (4, -1)
+            and layer.in_features not in _CPU_GROUPS
+        ):
+            return (
+                f"gptqmodel's 4-bit CPU kernel cannot run {name}, whose groups are rows of "
+                f"{layer.in_features}: it knows groups of {', '.join(map(str, _CPU_GROUPS))}"
+            )
         if (
             stored.container.name == "bitsandbytes"
             and method.bits == 4

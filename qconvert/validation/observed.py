@@ -28,8 +28,11 @@ class Observed(Protocol):
     checks: list[Check]
     """What this loader alone is asked."""
 
-    def outputs(self) -> Tensor:
-        """Logits on the text, as `measure.outputs` gives them. Raises what the model raises."""
+    def outputs(self, text: Text) -> Tensor:
+        """Logits, as `measure.outputs` gives them. Raises what the model raises.
+
+        A loader elsewhere has read the text that it was loaded with, and no other.
+        """
         ...
 
     def continuations(self) -> tuple[list[int], list[int]]:
@@ -42,24 +45,24 @@ class Observed(Protocol):
 
 
 class Here:
-    """The stock loader of this environment. `text` is what its kernel can be given."""
+    """The stock loader of this environment."""
 
     def __init__(self, stored: Stored, dtype: Any, device: str, text: Text, seed: int) -> None:
         loaded = loaders.stock(stored, dtype, device)
         self.loader, self.complaints = loaded.loader, loaded.complaints
         self.classes = {path: judge.class_of(it) for path, it in loaded.model.named_modules()}
         self.checks: list[Check] = []
-        self._model, self._text, self._seed = loaded.model, text, seed
+        self._model, self._prompt, self._seed = loaded.model, text.prompt, seed
         if stored.container.name == "hqq":
             self.checks.append(judge.hqq_layers(loaders.misread_by_hqq(stored, loaded.model)))
         self._meter = Meter(device)
         self._loaded_bytes = self._meter.loaded_bytes(loaded.model)
 
-    def outputs(self) -> Tensor:
-        return measure.outputs(self._model, self._text.ids)
+    def outputs(self, text: Text) -> Tensor:
+        return measure.outputs(self._model, text.ids)
 
     def continuations(self) -> tuple[list[int], list[int]]:
-        return measure.continuations(self._model, self._text.prompt, self._seed)
+        return measure.continuations(self._model, self._prompt, self._seed)
 
     def figures(self) -> JSON:
         peak = self._meter.peak_bytes()

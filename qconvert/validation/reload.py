@@ -15,15 +15,17 @@ be fetched lies in a temporary one before it starts.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from qconvert import contract
 from qconvert.stored import Stored
 from qconvert.text import human_bytes
 from qconvert.types import JSON, Check, Checkpoint, Progress, Report
-from qconvert.validation import isolation, process, truncate
-from qconvert.validation.environments import Environment
+from qconvert.validation import isolation, truncate
+from qconvert.validation.environments import Environment, version_here
+from qconvert.validation.process import ChildProcess, alone
 from qconvert.validation.reports import RELOAD
 
 HELD_OUT = Path(__file__).parent.parent / "demo" / "heldout.txt"
@@ -44,6 +46,7 @@ def check_reload(
     max_tokens: int = MAX_TOKENS,
     timeout: float = TIMEOUT,
     environment: Environment | None = None,
+    process: ReloadProcess | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Loads a quantized checkpoint with its stock loader, in a child process, and measures it.
@@ -53,6 +56,7 @@ def check_reload(
     (a GPU where there is one), "cpu", "cuda" or "cuda:1". `text` is what perplexity is taken on,
     the demo's held-out text by default; at most `max_tokens` of it. `timeout` is in seconds.
     `environment` is where the loader is, if it is another than the one that is installed here.
+    `process` is the child, where several results of a source are to have the same one.
 
     Report.data: loader, device, device_name, dtype, tokens, loaded_bytes (of the stock loader's
     model, on CUDA with peak_bytes while it ran), loader_error, and against the source perplexity,
@@ -62,9 +66,10 @@ def check_reload(
     raises for what the files or the loader do: that is in the report. Raises the errors of reading
     where one of the two is on the Hub.
     """
-    if refusal := contract.load(stored.container.name).no_reload:
+    format_ = contract.load(stored.container.name)
+    if refusal := format_.no_reload or ("" if environment else _absent(format_.libraries)):
         return Report(RELOAD, [], skipped=refusal)
-    device, variables = process.alone(device)
+    device, variables = alone(device)
     request: JSON = {
         "device": device,
         "text": str(text or HELD_OUT),
@@ -72,17 +77,18 @@ def check_reload(
         "max_tokens": max_tokens,
         "environment": environment and environment.to_json(),
     }
+    if stored.container.name == "aqlm":
+        variables |= isolation.SERIAL
     blocks, why = _extent(stored, source)
-    with tempfile.TemporaryDirectory(prefix="qconvert-reload-") as temporary:
-        scratch = Path(temporary)
+    with ExitStack() as stack:
+        process = process or stack.enter_context(ReloadProcess())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qconvert-reload-")))
         try:
-            request["folder"] = _place(stored, scratch / "quantized", blocks, progress)
-            request["source"] = source and _place(source, scratch / "source", blocks, progress)
+            request["folder"] = _place(stored, folder / "quantized", blocks, progress)
+            request["source"] = source and process.place(source, blocks, progress)
         except ValueError as reason:
             return Report(RELOAD, [], skipped=f"{why}, and {reason}")
-        if stored.container.name == "aqlm":
-            variables |= isolation.SERIAL
-        report = _run(request, variables, scratch, timeout, progress)
+        report = process.reload(request, variables, timeout, progress)
     if blocks is not None and not report.skipped:
         report.data["truncated"] = f"first {blocks} blocks: {why}"
         for figure in ("loaded_bytes", "peak_bytes"):
@@ -90,6 +96,17 @@ def check_reload(
     if environment is not None:
         report.data["requirement"] = environment.spec.text
     return report
+
+
+def _absent(libraries: Sequence[str]) -> str:
+    """That a loader's libraries are not installed, or ""."""
+    absent = [name for name in libraries if not version_here(name)]
+    if not absent:
+        return ""
+    return (
+        f"transformers reads it with {' and '.join(absent)}, not installed here (--loader "
+        f"transformers=={version_here('transformers')} runs it)"
+    )
 
 
 def _extent(stored: Stored, source: Checkpoint | None) -> tuple[int | None, str]:
@@ -113,17 +130,35 @@ def _place(
     return str(truncate.cut(given, target, blocks, progress))
 
 
-def _run(
-    request: JSON,
-    variables: Mapping[str, str],
-    scratch: Path,
-    timeout: float,
-    progress: Progress | None,
-) -> Report:
-    ended = process.run(
-        "qconvert.validation.child", request, variables, scratch, timeout, progress, "reload"
-    )
-    if ended.result is None:
-        return Report(RELOAD, [Check("the reload process ends well", False, ended.why)])
-    checks = [Check(**check) for check in ended.result["checks"]]
-    return Report(RELOAD, checks, ended.result["data"], ended.result["skipped"])
+class ReloadProcess(ChildProcess):
+    """The child that reloads.
+
+    For as long as it lives it keeps what the last source said, and its folder that part of it which
+    was loaded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("qconvert.validation.child", RELOAD)
+        self._placed: dict[tuple[Path, int | None], str] = {}
+
+    def place(self, source: Checkpoint, blocks: int | None, progress: Progress | None) -> str:
+        """A folder with the source, or its first blocks. Raises ValueError as `truncate.cut`."""
+        key = (source.root, blocks)
+        if key not in self._placed:
+            target = self.folder() / f"source-{len(self._placed)}"
+            self._placed[key] = _place(source, target, blocks, progress)
+        return self._placed[key]
+
+    def reload(
+        self,
+        request: JSON,
+        variables: Mapping[str, str],
+        timeout: float,
+        progress: Progress | None,
+    ) -> Report:
+        """What the child finds out about one folder, or how it died of that."""
+        ended = self.ask(request, variables, timeout, progress)
+        if ended.result is None:
+            return Report(RELOAD, [Check("the reload process ends well", False, ended.why)])
+        checks = [Check(**check) for check in ended.result["checks"]]
+        return Report(RELOAD, checks, ended.result["data"], ended.result["skipped"])

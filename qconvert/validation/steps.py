@@ -23,12 +23,25 @@ from qconvert.validation.environments import Environment
 from qconvert.validation.measure import Text
 from qconvert.validation.observed import Here, Observed
 
+COMPARED_TOKENS = 512
+"""On which a loader's outputs are compared with those of our own dequantization: what differs there
+differs at once, and the whole text is for perplexity and divergence."""
 KERNEL_TOKENS = 128
 """Read by a loader whose kernel takes one token at a time, in one thread."""
 
 
 class Impossible(Exception):
     """Why this model cannot be reloaded here; no finding about the files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a source model says of a text."""
+
+    complaints: frozenset[str]
+    """Of its own loader."""
+    outputs: Any
+    continuations: tuple[list[int], list[int]] | None
 
 
 @dataclass(slots=True)
@@ -44,6 +57,8 @@ class Reload:
     tell: Callable[[str], None]
     environment: Environment | None = None
     """Where the loader is, if it is not the stock loader of this one."""
+    kept: dict[object, Said] = field(default_factory=dict)
+    """Of the last source, for another result of it."""
     checks: list[Check] = field(default_factory=list)
     data: JSON = field(default_factory=dict)
 
@@ -69,11 +84,13 @@ class Reload:
         assert own is not None
         text = self._read_text(own.model)
         causal = measure.is_causal(own.model)
-        ours = self._outputs(own.model, text)
-        compared, by_ours = text, ours
-        if loaders.takes_tokens_singly(stored, self.device):
-            compared = measure.beginning(text, KERNEL_TOKENS)
-            by_ours = self._outputs(own.model, compared)
+        singly = loaders.takes_tokens_singly(stored, self.device)
+        compared = text
+        if self.environment is None:  # which reads one text, and that whole
+            compared = measure.beginning(text, KERNEL_TOKENS if singly else COMPARED_TOKENS)
+        by_ours = self._outputs(own.model, compared)
+        whole = self._outputs(own.model, text) if singly else None
+        if singly:
             self.data["tokens_by_loader"] = compared.ids.numel()
         del own
 
@@ -87,30 +104,41 @@ class Reload:
         if self.device == "cpu" and (refusal := loaders.cpu_refusal(stored)):
             self.checks.append(judge.keys(stock.complaints, frozenset()))
             raise Impossible(refusal)
-        theirs = stock.outputs()
+        theirs = stock.outputs(compared)
         self._add(
             judge.against_ours(stored, by_ours, theirs, compared, self.data["dtype"], causal=causal)
         )
-        if compared is not text:  # proved on a part, and ours is the loader's word for the whole
-            theirs = ours
+        if whole is None and self.source is not None and compared.ids.shape != text.ids.shape:
+            whole = stock.outputs(text)
+        theirs = theirs if whole is None else whole
         quantized = stock.continuations() if causal else None
         self.data |= stock.figures()
         complaints = stock.complaints
-        del ours, by_ours, stock
+        del by_ours, whole, stock
 
         original = None
         if self.source is None:
             self.checks.append(judge.keys(complaints, frozenset()))
         else:
             self.tell("source model")
-            base = loaders.source(self.source, dtype, self.device)
+            base = self._said(self.source, dtype, text, causal=causal)
             self.checks.append(judge.keys(complaints, base.complaints))
-            reference = measure.outputs(base.model, text.ids)
-            self._add(judge.against_source(stored, reference, theirs, text, causal=causal))
-            if causal:
-                original = measure.continuations(base.model, text.prompt, self.seed)
+            self._add(judge.against_source(stored, base.outputs, theirs, text, causal=causal))
+            original = base.continuations
         if quantized is not None:
             self._add(judge.continuations(text, quantized, original))
+
+    def _said(self, source: Path, dtype: Any, text: Text, *, causal: bool) -> Said:
+        key = (str(source), dtype, self.device, self.seed, causal, text.ids.numpy().tobytes())
+        if key not in self.kept:
+            self.kept.clear()
+            base = loaders.source(source, dtype, self.device)
+            self.kept[key] = Said(
+                base.complaints,
+                measure.outputs(base.model, text.ids),
+                measure.continuations(base.model, text.prompt, self.seed) if causal else None,
+            )
+        return self.kept[key]
 
     def _load(self, stored: Stored, dtype: Any, text: Text, *, causal: bool) -> Observed:
         if self.environment is None:

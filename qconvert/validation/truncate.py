@@ -9,7 +9,6 @@ byte for byte. Of a model on the Hub the same is cut by ranges, however large it
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 from qconvert import modelconfig, shards, sidefiles, tensors
 from qconvert.errors import printable
+from qconvert.memory import available_memory
 from qconvert.safepath import regular_file
 from qconvert.source import Reader, SourceReader
 from qconvert.stored import Stored
@@ -43,23 +43,12 @@ def blocks_to_keep(stored: Stored) -> int | None:
     built from.
     """
     parameters = sum(prod(shape) for shape in stored.source_shapes().values())
-    return None if _RUNTIME_BYTES + 2 * 4 * parameters < available_bytes() else BLOCKS
+    return None if whole_bytes(parameters) < available_memory() else BLOCKS
 
 
-def available_bytes() -> int:
-    """Memory that this process may still take: the machine's, or its control group's."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    fields = dict(line.split(":") for line in meminfo.read_text().splitlines() if ":" in line)
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no limit ("max"), or no control groups
-        pass
-    return free
+def whole_bytes(parameters: int) -> int:
+    """What loading all blocks takes at most."""
+    return _RUNTIME_BYTES + 2 * 4 * parameters
 
 
 def cut(

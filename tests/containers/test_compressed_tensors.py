@@ -346,7 +346,7 @@ def test_options_that_the_container_has_not(llama: Path) -> None:
             planned(llama, **options)
     with pytest.raises(UsageError, match="hqq has no option zero in the container hqq"):
         plan(Request(str(llama), "hqq", {"bits": 4, "zero": "middle"}))
-    with pytest.raises(UsageError, match="container of hqq: expected .*, got gguf"):
+    with pytest.raises(UsageError, match=r"container of hqq: expected .*, got gguf"):
         plan(Request(str(llama), "hqq", {"bits": 4, "container": "gguf"}))
 
 

@@ -59,7 +59,7 @@ def make_all(cases: dict[str, Case], root: Path) -> dict[str, tuple[Path, Plan]]
         if case.method == "aqlm":  # loaders do not care how codes were chosen
             plan = write_aqlm(
                 source, root / name, case.options,
-                skip=case.skip, max_shard_bytes=case.max_shard_bytes,
+                skip=case.skip, max_shard_bytes=case.max_shard_bytes, experts=case.experts,
             )  # fmt: skip
             made[name] = (root / name, plan)
             continue
@@ -145,10 +145,14 @@ def run_child(requests: Sequence[dict[str, Any]], scratch: Path) -> list[dict[st
 @cache
 def transformers_457() -> Path:
     """The Python of an environment with transformers 4.57, kept where such environments are."""
+    return environments.make(environments.parse(loader_457()), "hqq").python
+
+
+def loader_457() -> str:
+    """What `validate --loader` is given for that environment: with every library, for all tests."""
     names = ("hqq", "bitsandbytes", "aqlm")
     pins = [f"transformers=={TRANSFORMERS}", *(f"{name}=={version(name)}" for name in names)]
-    spec = environments.parse(",".join([*pins, "compressed-tensors==0.17.0"]))
-    return environments.make(spec, "hqq").python
+    return ",".join([*pins, "compressed-tensors==0.17.0"])
 
 
 def run_457(

@@ -34,8 +34,10 @@ CASES = {
     ),
     "mixtral-hqq": Case("mixtral", "hqq", {"bits": 4}, experts="quantize"),
     "mixtral-nf4": Case("mixtral", "nf4", experts="quantize"),
+    "mixtral-aqlm": Case("mixtral", "aqlm", {"scheme": "2x6g8"}, experts="quantize"),
 }  # fmt: skip
 UNREAD = ("mixtral-hqq", "mixtral-nf4")
+RANDOM = "mixtral-aqlm"
 
 Made = dict[str, tuple[Path, Plan]]
 
@@ -45,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return make_all(CASES, tmp_path_factory.mktemp("experts"))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in UNREAD])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in (*UNREAD, RANDOM)])
 def test_transformers_5_makes_of_it_the_model_that_we_meant(name: str, made: Made) -> None:
     folder, plan = made[name]
     experts = [
@@ -72,3 +74,14 @@ def test_what_transformers_5_cannot_read_it_does_not_load(name: str, made: Made)
     expected = UsageError if name == "mixtral-hqq" else RuntimeError
     with pytest.raises(expected, match=r"transformers 4.57 may load|ignore_mismatched_sizes"):
         loaders.stock(stored, torch.float32, "cpu")
+
+
+def test_experts_of_aqlm_are_left_random_by_transformers_5(made: Made) -> None:
+    stored = open_stored(made[RANDOM][0])
+    stored = stored.seen_as(stored.structure())
+    ours: Any = loaders.dequantized(stored, torch.float32, "cpu")
+    assert ours.complaints == frozenset()
+    theirs: Any = loaders.stock(stored, torch.float32, "cpu")
+    merged = [it for it in theirs.complaints if "mlp.experts.gate_up_proj" in it]
+    assert len(merged) == 2
+    assert sum("experts.3.w2.codes" in it for it in theirs.complaints) == 2

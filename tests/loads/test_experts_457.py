@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qconvert.conversion import convert
 from qconvert.mixture import IN_TRANSFORMERS_4
-from qconvert.types import Plan
+from qconvert.types import Plan, Verdict
+from qconvert.validation import validate_folder
+from tests.aqlm_runs import request, source
 from tests.loads.runs import (
     TRANSFORMERS,
     Case,
+    as_published,
     assert_classes,
+    loader_457,
     make_all,
     run_457,
     run_child,
@@ -24,7 +30,9 @@ from tests.loads.test_transformers_457 import ACTIVATIONS
 
 pytestmark = pytest.mark.slow
 
-METHODS: dict[str, dict[str, Any]] = {"int8": {}, "nf4": {}, "hqq": {"bits": 4}}
+METHODS: dict[str, dict[str, Any]] = {
+    "int8": {}, "nf4": {}, "hqq": {"bits": 4}, "aqlm": {"scheme": "2x6g8"},
+}  # fmt: skip
 CT = {"bits": 4, "container": "compressed-tensors", "zero": "middle"}
 CASES = {
     **{
@@ -39,15 +47,25 @@ CASES = {
         for method in METHODS
     },
     "mixtral-hqq-bfloat16": Case("mixtral", "hqq", {"bits": 4}, experts="quantize"),
-    "mixtral-some": Case("mixtral", "nf4", dtype="float32", experts="quantize",
-                         skip=r"layers\.0\..*experts\.1\.w2|layers\.1\..*experts"),
+    **{
+        f"mixtral-{method}-some": Case(
+            "mixtral", method, METHODS[method], dtype="float32", experts="quantize",
+            skip=r"layers\.0\..*experts\.1\.w2|layers\.1\..*experts",
+        )
+        for method in ("nf4", "aqlm")
+    },
+    "mixtral-aqlm-2x8": Case("mixtral", "aqlm", {"bits": 2}, dtype="float32", experts="quantize"),
+    "qwen3-moe-aqlm-float16": Case("qwen3-moe", "aqlm", METHODS["aqlm"], "float16",
+                                   experts="quantize"),
     **{
         f"{model}-compressed-tensors": Case(model, "hqq", CT, experts="quantize")
         for model in ("mixtral", "qwen3-moe")
     },
 }  # fmt: skip
-CLASSES = {"int8": "Linear8bitLt", "nf4": "Linear4bit", "hqq": "HQQLinear"}
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+CLASSES = {
+    "int8": "Linear8bitLt", "nf4": "Linear4bit", "hqq": "HQQLinear", "aqlm": "QuantizedLinear",
+}  # fmt: skip
+TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
 """In bfloat16 a router may send a token to another expert."""
 BUILDS = """
 import json, sys, torch, transformers
@@ -119,6 +137,21 @@ def test_transformers_457_makes_of_it_the_model_that_we_meant(name: str, loads: 
     assert quantized <= seen["classes"].keys()
     assert seen["finite"]
     assert seen["error"] < (ACTIVATIONS if case.method == "int8" else TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen3-moe"])
+def test_calibrated_experts_are_verified_by_457(model: str, tmp_path: Path) -> None:
+    folder = source(tmp_path, model, "float32")
+    as_published(folder)
+    asked = request(folder, tmp_path / "out", scheme="1x8g8", skip="k_proj$", experts="quantize")
+    done = convert(asked)
+    found = validate_folder(done.folder, against=folder, loaders=[loader_457()], device="cpu")
+    failed = [check for report in found.reports for check in report.checks if not check.passed]
+    assert failed == []
+    assert found.verdict is Verdict.VERIFIED
+    data = found.reports[2].data
+    assert f"transformers {TRANSFORMERS} " in data["loader"]
+    assert data["loader_error"] < TOLERANCE["float32"]
 
 
 def test_these_models_have_a_layer_for_each_expert() -> None:

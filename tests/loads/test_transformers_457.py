@@ -5,15 +5,18 @@ It is made as `qconvert validate --loader` makes it, and kept where that keeps i
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qconvert.types import Plan
+from qconvert.types import Plan, Verdict
+from qconvert.validation import validate_folder
 from tests.loads.runs import (
     TRANSFORMERS,
     Case,
     assert_classes,
+    loader_457,
     make_all,
     run_457,
     run_child,
@@ -78,3 +81,29 @@ def test_every_run_took_place(loads: Loads) -> None:
     assert len(loads) == len(RUNS) == len(ALL) + len(HQQ) + 2
     assert len(ALL) == len(CASES) + len(MODELS) - 4
     assert {dtype for _, dtype, _ in loads.values()} == {"bfloat16", "float16", "float32"}
+
+
+PACKED = {"bits": 4, "container": "compressed-tensors", "zero": "integer"}
+OF_EACH_FORMAT = {
+    "int8": Case("llama", "int8"),
+    "nf4": Case("qwen2", "nf4"),
+    "hqq": Case("llama", "hqq", {"bits": 3}),
+    "aqlm": Case("llama", "aqlm", {"bits": 2}),
+    "compressed-tensors": Case("llama-untied", "hqq", PACKED),
+}
+
+
+@pytest.mark.parametrize("name", OF_EACH_FORMAT)
+def test_it_is_verified_by_that_loader(name: str, tmp_path: Path) -> None:
+    case = OF_EACH_FORMAT[name]
+    [(folder, _)] = make_all({name: case}, tmp_path).values()
+    source = tmp_path / "source" / case.dtype / case.model
+    found = validate_folder(folder, against=source, loaders=[loader_457()], device="cpu")
+    failed = [check for report in found.reports for check in report.checks if not check.passed]
+    assert failed == []
+    assert found.verdict is Verdict.VERIFIED
+    report = found.reports[2]
+    assert report.data["requirement"] == loader_457()
+    assert f"transformers {TRANSFORMERS} " in report.data["loader"]
+    told = [check for check in report.checks if check.name == "loads as its card documents"]
+    assert bool(told) is (name == "hqq")

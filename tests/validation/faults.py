@@ -36,6 +36,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "hqq1": ("hqq", {"bits": 1}),
     "packed4": ("hqq", {"bits": 4, "container": "compressed-tensors"}),
     "packed8": ("int8", {"container": "compressed-tensors"}),
+    "gptq4": ("hqq", {"bits": 4, "container": "gptq"}),
+    "awq4": ("hqq", {"bits": 4, "container": "awq"}),
     "aqlm4": ("aqlm", {"bits": 4}),
     "aqlm2": ("aqlm", {"bits": 2}),
     "aqlm1": ("aqlm", {"bits": 1}),
@@ -47,12 +49,15 @@ SCALES = {
     "nf4-single": "weight.absmax",
     "fp4": "weight.absmax",
     **{name: "scale" for name in METHODS if name.startswith("hqq")},
-    **{name: "scales" for name in METHODS if name.startswith("aqlm")},
+    **{name: "scales" for name in METHODS if name.startswith(("aqlm", "gptq", "awq"))},
     **{name: "weight_scale" for name in METHODS if name.startswith("packed")},
 }
 CODES = {
     name: {"hqq": "W_q", "aqlm": "codes"}.get(verb, "weight") for name, (verb, _) in METHODS.items()
-} | {name: "weight_packed" for name in METHODS if name.startswith("packed")}
+} | {
+    **{name: "weight_packed" for name in METHODS if name.startswith("packed")},
+    **{name: "qweight" for name in METHODS if name.startswith(("gptq", "awq"))},
+}
 
 LAYER = "model.layers.1.mlp.down_proj"
 TWIN = "model.layers.0.mlp.down_proj"

@@ -252,7 +252,7 @@ def test_a_model_too_large_is_reloaded_in_part(
 
     source = three_blocks(tmp_path)
     write_aqlm(source, tmp_path / "out", skip=r"layers\.2")
-    monkeypatch.setattr(truncate, "available_bytes", lambda: 0)
+    monkeypatch.setattr(truncate, "available_memory", lambda: 0)
     report = reload(tmp_path / "out", source, device="cpu")
     assert failed(report) == {}
     assert report.data["truncated"].startswith("first 2 blocks")

@@ -111,7 +111,7 @@ def test_one_doubled_scale(name: str, broken: Folders, source: Path) -> None:
     folder = faults.edit(broken(name), f"{LAYER}.{SCALES[name]}", double)
     found = failed(report_on(faults.reseal(folder), source))
     assert LAYER in "".join(found.values())
-    assert len(DOUBLED) == 14
+    assert len(DOUBLED) == 16
 
 
 @pytest.mark.parametrize("name", faults.METHODS)
@@ -140,7 +140,10 @@ def test_swapped_tensors(name: str, broken: Folders, source: Path) -> None:
         require(validate_folder(folder, against=source).reports)
 
 
-OVERWRITTEN = ("int8", "eetq", "nf4-single", "hqq8", "hqq4", "aqlm4", "aqlm2", "packed4", "packed8")
+OVERWRITTEN = (
+    "int8", "eetq", "nf4-single", "hqq8", "hqq4", "aqlm4", "aqlm2", "packed4", "packed8", "gptq4",
+    "awq4",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OVERWRITTEN)

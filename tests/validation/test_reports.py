@@ -86,6 +86,15 @@ VALID: Mapping[str, Any] = {
             },
         },
     },
+    "gptq": {
+        "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True,
+        "checkpoint_format": "gptq", "lm_head": False, "dynamic": {"-:lm_head$": {}},
+        "modules_in_block_to_quantize": [["self_attn.q_proj"]],
+    },
+    "awq": {
+        "quant_method": "awq", "bits": 4, "group_size": -1, "zero_point": True, "version": "gemm",
+        "modules_to_not_convert": ["lm_head"],
+    },
     "eetq": {"quant_method": "eetq", "weights": "int8", "modules_to_not_convert": ["lm_head"]},
     "aqlm": {
         "quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1, "num_codebooks": 2,

@@ -23,6 +23,8 @@ from qconvert.types import FLOAT_DTYPES, JSON, Array, Parts
 QUALITIES = ("fast", "default", "best")
 _SCHEME = re.compile(r"(\d+)x(\d+)(?:g(\d+))?", re.ASCII)
 MAX_CODEBOOKS = 8
+TOKENS_PER_COLUMN = 4
+"""A Hessian of n columns estimated from fewer than 4 n tokens is mostly noise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,8 @@ class LayerConfig:
     dtype: torch.dtype = torch.float16
     quality: str = "default"
     seed: int = 0
+    damping: float = DAMPING
+    """Added to the diagonal of the Hessian, over the mean of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +124,8 @@ def quantize_layer(
     dead = int((hessian.diagonal() == 0).sum())
     if dead:
         notes.append(f"{dead} of {len(hessian)} columns are never active")
-    layer = prepare(weight, hessian, config.in_group_size, DAMPING)
-    if layer.damping > DAMPING:
+    layer = prepare(weight, hessian, config.in_group_size, config.damping)
+    if layer.damping > config.damping:
         notes.append(f"damping raised to {layer.damping:g}: the Hessian was not positive definite")
     search = _Alternation(layer, config, on_step, notes)
     solution = search.run()
