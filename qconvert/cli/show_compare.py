@@ -12,6 +12,9 @@ from qconvert.comparing.columns import Column, columns, kl
 from qconvert.comparing.result import SOURCE, Comparison, Row
 from qconvert.errors import printable
 
+_BETWEEN = 3
+"""Columns between two of a table."""
+
 
 def line(row: Row) -> str:
     """One row as soon as it is there."""
@@ -41,9 +44,13 @@ def show_comparison(found: Comparison, *, json: bool) -> None:
             mark = " [cyan]•[/]" if row.name in found.front else ""
             table.add_row(name + mark, *(escape(column.cell(row)) for column in shown))
         out.print(table)
+    notes: dict[str, list[str]] = {}
     for row in found.rows:
         for note in (row.failure,) if row.failure else row.notes:
-            out.print(f"[yellow]{escape(printable(row.name))}:[/] {escape(printable(note, 1000))}")
+            notes.setdefault(note, []).append(row.name)
+    for note, names in notes.items():
+        whose = escape(printable(words.listed(names), 1000))
+        out.print(f"[yellow]{whose}:[/] {escape(printable(note, 1000))}", soft_wrap=True)
     _samples(found)
     out.print(escape(words.measured(found)), soft_wrap=True)
     if said := words.front(found):
@@ -57,11 +64,11 @@ def _side_by_side(
     every: Sequence[Column], rows: Sequence[Row], width: int
 ) -> Iterator[list[Column]]:
     """The columns in as many tables as the screen is narrow."""
-    first = max(len(row.name) for row in rows) + 2
+    first = max(len(row.name) for row in rows) + len(" •")
     shown: list[Column] = []
     taken = first
     for column in every:
-        wide = max(len(column.short), *(len(column.cell(row)) for row in rows)) + 2
+        wide = max(len(column.short), *(len(column.cell(row)) for row in rows)) + _BETWEEN
         if shown and taken + wide > width:
             yield shown
             shown, taken = [], first
