@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qconvert.comparing.front import pareto, smallest_below
@@ -17,6 +17,7 @@ def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one != other and one[0] <= other[0] and one[1] <= other[1]
 
 
+@settings(deadline=None)
 @given(_POINTS)
 def test_on_the_front_is_what_no_other_beats(points: dict[str, tuple[float, float]]) -> None:
     front = pareto(points)
@@ -28,6 +29,7 @@ def test_on_the_front_is_what_no_other_beats(points: dict[str, tuple[float, floa
     assert front == sorted(front, key=lambda name: (points[name], name))
 
 
+@settings(deadline=None)
 @given(_POINTS, st.floats(0.001, 20))
 def test_the_smallest_below_a_bound(points: dict[str, tuple[float, float]], bound: float) -> None:
     below = {name: point for name, point in points.items() if point[1] < bound}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -70,6 +70,7 @@ def test_the_plot_has_every_format_the_front_and_the_bound() -> None:
     assert {"int8", "nf4", "hqq:4", "hqq:3", "hqq:2", "bound 0.05"} <= said
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.floats(1, 16), st.floats(0, 20)), min_size=1, max_size=6))
 def test_every_plot_stays_in_its_frame(figures: list[tuple[float, float]]) -> None:
     rows = [row(f"f{at}", bits, kl) for at, (bits, kl) in enumerate(figures)]
@@ -133,6 +134,7 @@ def test_experts_share_a_cell_and_odd_layers_have_a_row() -> None:
     assert with_head.places == [("m.layers", 0), ("", None)]
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0, 2), min_size=1, max_size=20))
 def test_the_scale_grows_with_the_error(errors: list[float]) -> None:
     scale = heatmap.scale_of([row("a", 4, 0.1, layers=dict(enumerate(map(float, errors))))])
