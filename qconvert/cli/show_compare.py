@@ -12,6 +12,8 @@ from qconvert.comparing.columns import Column, columns, kl
 from qconvert.comparing.result import SOURCE, Comparison, Row
 from qconvert.errors import printable
 
+_SENTENCE = 4000
+"""Characters."""
 _BETWEEN = 3
 """Columns between two of a table."""
 
@@ -52,10 +54,11 @@ def show_comparison(found: Comparison, *, json: bool) -> None:
         whose = escape(printable(words.listed(names), 1000))
         out.print(f"[yellow]{whose}:[/] {escape(printable(note, 1000))}", soft_wrap=True)
     _samples(found)
-    out.print(escape(words.measured(found)), soft_wrap=True)
-    if said := words.front(found):
-        out.print(f"{escape(said)}", soft_wrap=True)
-    out.print(f"[bold]{escape(words.smallest(found))}[/]", soft_wrap=True)
+    for sentence in (words.measured(found), words.front(found)):
+        if sentence:
+            out.print(escape(printable(sentence, _SENTENCE)), soft_wrap=True)
+    answer = escape(printable(words.smallest(found), _SENTENCE))
+    out.print(f"[bold]{answer}[/]", soft_wrap=True)
     for path in found.files.values():
         out.print(escape(printable(path)), soft_wrap=True)
 
