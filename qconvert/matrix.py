@@ -18,8 +18,9 @@ from qconvert import contract
 from qconvert.types import JSON
 
 FILE = "loaders.json"
-LOADS, NEEDS, BROKEN, NEVER = "loads", "needs", "broken", "no"
-"""Loads; loads after what `what` says; does not, as `what` says; was never meant to."""
+LOADS, NEEDS, BROKEN, NEVER, UNKNOWN = "loads", "needs", "broken", "no", "unknown"
+"""Loads; loads after what `what` says; does not, as `what` says; was never meant to; could not be
+tried, as `what` says."""
 NOT_TRIED = "–"
 
 

@@ -287,12 +287,7 @@ class SourceReader:
     def read(
         self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
     ) -> None:
-        encoded = self._checkpoint.encoded.get(tensor.name)
-        if encoded is None:
-            self.read_stored(tensor, start_element, stop_element, out)
-        elif start_element < stop_element:
-            _, view = span(tensor, start_element, stop_element, out)
-            encoded.read(self.read_stored, start_element, stop_element, view)
+        read_decoded(self, self._checkpoint, tensor, start_element, stop_element, out)
 
     def read_stored(
         self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
@@ -361,6 +356,23 @@ class _LocalFile:
 
     def close(self) -> None:
         os.close(self.descriptor)
+
+
+def read_decoded(
+    reader: Closeable,
+    checkpoint: Checkpoint,
+    tensor: TensorInfo,
+    start_element: int,
+    stop_element: int,
+    out: memoryview | Array,
+) -> None:
+    """Elements of a tensor as the checkpoint has them; `reader` reads what the files hold."""
+    encoded = checkpoint.encoded.get(tensor.name)
+    if encoded is None:
+        reader.read_stored(tensor, start_element, stop_element, out)
+    elif start_element < stop_element:
+        _, view = span(tensor, start_element, stop_element, out)
+        encoded.read(reader.read_stored, start_element, stop_element, view)
 
 
 def span(

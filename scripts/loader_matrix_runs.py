@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from qconvert import contract
-from qconvert.matrix import BROKEN, LOADS, NEEDS, Seen
+from qconvert.matrix import BROKEN, LOADS, NEEDS, UNKNOWN, Seen
 from qconvert.stored import Stored, open_stored
 from qconvert.types import JSON
 from qconvert.validation import elsewhere, environments, judge, loaders, measure
@@ -38,9 +38,9 @@ VERSIONS = dict(
 LIBRARIES = ("hqq", "bitsandbytes", "aqlm", "compressed-tensors")
 NEWEST = {"compressed-tensors": "0.20.0"}
 """Of a library that is not installed here."""
-GPTQMODEL = {"5.4.0": "7.3.4", version("transformers"): "7.6.0"}
-"""That pip installs beside a version of transformers and the running torch; for earlier ones there
-are releases that it cannot build."""
+GPTQMODEL = {version("transformers"): "7.6.0"}
+"""That pip installs beside a version of transformers and the running torch, and that works there;
+for earlier ones there are releases that it cannot build."""
 OPTIMUM = "2.3.0"
 TOKENS = 128
 EETQ_CHILD = Path(__file__).with_name("loader_matrix_eetq.py")
@@ -58,6 +58,8 @@ class Attempt:
     to: bool = False
     dtype: Any = None
     child: Path = elsewhere.CHILD
+    without: str = ""
+    """What it would take and is not to be had here: if it fails, nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Outcome:
     needs: str | None
     reason: str = ""
     versions: str = ""
+    without: str = ""
 
 
 def attempts(format_: str, column: str, number: str) -> tuple[Attempt, ...]:
@@ -92,8 +95,9 @@ def attempts(format_: str, column: str, number: str) -> tuple[Attempt, ...]:
         plain = Attempt(dtype=torch.bfloat16)  # its kernels for 4 bits compute in no other
         pins = f"gptqmodel=={GPTQMODEL.get(number)},optimum=={OPTIMUM}"
         needs = " and ".join(contract.load(format_).libraries)
-        more = replace(plain, needs=needs, pins=pins)
-        return (plain, more) if number in GPTQMODEL else (plain,)
+        if number not in GPTQMODEL:
+            return (replace(plain, without=needs),)
+        return (plain, replace(plain, needs=needs, pins=pins))
     return (Attempt(),)
 
 
@@ -131,7 +135,11 @@ def _summary(number: str, outcomes: dict[str, Outcome]) -> Seen:
     """One entry of what became of all files."""
     bad = {name: it.reason for name, it in outcomes.items() if it.needs is None}
     needs = {name: it for name, it in outcomes.items() if it.needs}
-    if bad:
+    without = {it.without for it in outcomes.values()}
+    if bad and all(without):
+        [lacking] = without
+        outcome, what = UNKNOWN, f"{lacking} could not be tried beside it"
+    elif bad:
         outcome, what = BROKEN, _by_file(bad, len(outcomes))
     elif needs:
         outcome = NEEDS
@@ -192,6 +200,7 @@ class _Bench:
                         None if reason else ways[0].needs,
                         first,
                         ", ".join([*with_, f"torch {environment.versions['torch']}", "CPU"]),
+                        ways[0].without if reason else "",
                     )
                     if reason and ways[1:]:
                         left.append((family, file, ways[1:]))

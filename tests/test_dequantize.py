@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +26,7 @@ from qconvert.stored import open_stored
 from qconvert.types import Verdict
 from qconvert.validation import require, validate_folder
 from tests.decoding.reading import fp8_blocks, replace_weights, same, weights, with_quantization
-from tests.fault.test_kill import digest, run_forked
+from tests.fault.test_kill import killed_and_resumed
 from tests.loads.runs import transformers_457
 from tests.models import tiny
 
@@ -234,19 +231,7 @@ def test_killed_it_goes_on_to_the_same_bytes(
             max_shard_bytes=60_000, threads=2, device="cpu", validate=False,
         )  # fmt: skip
 
-    convert(request("whole"))
-    expected = digest(tmp_path / "whole")
-    status, calls = run_forked(request("counted"))
-    assert status == 0
-    killed = 0
-    for at in random.Random(0).sample(range(1, calls), 4):
-        status, _ = run_forked(request("cut"), at, "torn")
-        killed += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        status, _ = run_forked(request("cut"))
-        assert status == 0
-        assert digest(tmp_path / "cut") == expected
-        shutil.rmtree(tmp_path / "cut")
-    assert killed >= 2
+    assert killed_and_resumed(request, tmp_path, 4) >= 2
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from qconvert import contract, matrix
 from qconvert.cli.loaders import readable
-from qconvert.matrix import BROKEN, LOADS, NEEDS, NEVER, Matrix, Row, Seen
+from qconvert.matrix import BROKEN, LOADS, NEEDS, NEVER, UNKNOWN, Matrix, Row, Seen
 from scripts import format_tables
 from scripts import loader_matrix_files as files
 from scripts import loader_matrix_read as read
@@ -42,7 +42,7 @@ def test_every_cell_is_there_and_says_how_it_is_known() -> None:
         assert row.cells.keys() == expected, row.name
     for row, column, entry in cells():
         where = f"{row.name}, {column}"
-        assert entry.outcome in (LOADS, NEEDS, BROKEN, NEVER), where
+        assert entry.outcome in (LOADS, NEEDS, BROKEN, NEVER, UNKNOWN), where
         assert entry.what or entry.outcome == LOADS, where
         assert entry.how == ("read" if column in files.SERVERS else "run"), where
         assert entry.versions, where
@@ -162,6 +162,7 @@ def test_which_loaders_can_read_here(
         ({"a": Outcome("it"), "b": Outcome("")}, NEEDS, "a: it"),
         ({"a": Outcome(None, "why"), "b": Outcome(None, "why")}, BROKEN, "why"),
         ({"a": Outcome(None, "why"), "b": Outcome("it", "no")}, BROKEN, "a: why"),
+        ({"a": Outcome(None, "why", without="it")}, UNKNOWN, "it could not be tried beside it"),
         ({"a": Outcome(None, "x"), "b": Outcome(None, "y"), "c": Outcome(None, "x")}, BROKEN,
          "a, c: x; b: y"),
     ],

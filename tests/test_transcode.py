@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +31,7 @@ from qconvert.stored import LayerReader, open_stored
 from qconvert.transcoding import resolved
 from qconvert.types import Verdict
 from qconvert.validation import require, validate_folder
-from tests.fault.test_kill import digest, run_forked
+from tests.fault.test_kill import digest, killed_and_resumed
 from tests.models import tiny
 
 INTEGERS = {"container": "compressed-tensors"}
@@ -340,16 +337,4 @@ def test_killed_it_goes_on_to_the_same_bytes(
             max_shard_bytes=30_000, threads=2, device="cpu", validate=False,
         )  # fmt: skip
 
-    convert(request("whole"))
-    expected = digest(tmp_path / "whole")
-    status, calls = run_forked(request("counted"))
-    assert status == 0
-    killed = 0
-    for at in random.Random(1).sample(range(1, calls), 4):
-        status, _ = run_forked(request("cut"), at, "torn")
-        killed += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        status, _ = run_forked(request("cut"))
-        assert status == 0
-        assert digest(tmp_path / "cut") == expected
-        shutil.rmtree(tmp_path / "cut")
-    assert killed >= 2
+    assert killed_and_resumed(request, tmp_path, 4) >= 2

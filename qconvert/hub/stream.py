@@ -25,7 +25,7 @@ from qconvert.errors import CorruptFile
 from qconvert.hub.content import git_hash
 from qconvert.hub.transfer import Fetcher
 from qconvert.hub.window import MOST_CHUNK, held_bytes
-from qconvert.source import span
+from qconvert.source import read_decoded, span
 from qconvert.tensors import PREFIX_BYTES
 from qconvert.types import Array, Checkpoint, TensorInfo
 
@@ -145,12 +145,7 @@ class StreamReader:
     def read(
         self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
     ) -> None:
-        encoded = self._checkpoint.encoded.get(tensor.name)
-        if encoded is None:
-            self.read_stored(tensor, start_element, stop_element, out)
-        elif start_element < stop_element:
-            _, view = span(tensor, start_element, stop_element, out)
-            encoded.read(self.read_stored, start_element, stop_element, view)
+        read_decoded(self, self._checkpoint, tensor, start_element, stop_element, out)
 
     def read_stored(
         self, tensor: TensorInfo, start_element: int, stop_element: int, out: memoryview | Array
