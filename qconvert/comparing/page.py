@@ -167,7 +167,7 @@ def _samples(comparison: Comparison) -> str:
         for row in others:
             sample = row.samples[number]
             if row.name not in same:
-                agrees = f"{sample.agreeing} of {sample.tokens} tokens the same"
+                agrees = f"first {sample.agreeing} of {sample.tokens} tokens agree"
                 said += _sample(row, number, original.text, agrees)
         parts.append(
             f'<article><p class="prompt">{_lines(original.prompt)}</p><dl>{said}</dl></article>'

@@ -30,13 +30,13 @@ def _mixed(anchors: str) -> dict[str, str]:
 LIGHT: Mapping[str, str] = {
     "surface": "#ffffff", "ink": "#1b1f24", "muted": "#59636e", "grid": "#e4e8ec",
     "axis": "#8c959f", "accent": "#0a5bd3", "other": "#8a6d1d", "bound": "#b3261e",
-    "kept": "#eef0f2", "hatch": "#b4bcc4",
+    "kept": "#eef0f2", "hatch": "#b4bcc4", "differs": "#fbe3df",
     **_mixed("f1f6fc d9e9f8 b5d4f0 7fb2e2 4585c4 2f74b8 1f5fa6 124788 0b2c59"),
 }  # fmt: skip
 DARK: Mapping[str, str] = {
     "surface": "#14181d", "ink": "#e8ecf0", "muted": "#9aa5b1", "grid": "#272e36",
     "axis": "#6b7682", "accent": "#6cb0ff", "other": "#d8b45a", "bound": "#ff8a80",
-    "kept": "#20262d", "hatch": "#4a545f",
+    "kept": "#20262d", "hatch": "#4a545f", "differs": "#4b2724",
     **_mixed("17283a 18344f 1b4368 245d8e 3178b4 4489c6 6ba8de 9cc8ef d3e7fa"),
 }  # fmt: skip
 ON_HEAT = 17

@@ -64,8 +64,8 @@ article dl>div+div{{border-top:1px solid var(--grid)}}
 Consolas,'DejaVu Sans Mono',monospace}}
 .prompt{{margin:.6rem 0 .35rem;padding-left:.75rem;border-left:3px solid var(--grid);max-width:none;
 color:var(--muted)}}
-mark{{background:none;color:inherit;text-decoration:underline;
-text-decoration-color:var(--bound);text-decoration-thickness:2px;text-underline-offset:3px}}
+mark{{background:var(--differs);color:inherit;border-radius:2px;
+-webkit-box-decoration-break:clone;box-decoration-break:clone}}
 .notes{{font-size:.875rem}}
 .notes ul{{margin:0;padding-left:1.1rem}}
 footer{{margin-top:3rem}}

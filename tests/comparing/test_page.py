@@ -85,7 +85,7 @@ def test_a_page_that_needs_nothing_else() -> None:
     assert read.tags["tr"] == 1 + 6
     assert "prefers-color-scheme:dark" in read.text
     for said in ("hqq:4 is the smallest", "4.50 bits per weight, 4.5 MB", "nf4 by hqq:4",
-                 "5.13 % more", "0.0003", "2 of 6 tokens the same"):  # fmt: skip
+                 "5.13 % more", "0.0003", "first 2 of 6 tokens agree"):  # fmt: skip
         assert said in read.text, said
     assert page(ordinary()) == page(ordinary())
 

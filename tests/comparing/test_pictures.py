@@ -36,6 +36,7 @@ def test_all_text_can_be_read(palette: dict[str, str]) -> None:
     for role in ("ink", "muted", "accent", "bound"):
         for ground in ("surface", "kept"):
             assert contrast(palette[role], palette[ground]) >= 4.5, (role, ground)
+    assert contrast(palette["ink"], palette["differs"]) >= 4.5
     for step in range(HEATS):
         role = "ink" if step < ON_HEAT else "surface"
         assert contrast(palette[role], palette[f"heat{step}"]) >= 3.8, step
