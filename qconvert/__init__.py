@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qconvert.api import (
         BatchResult,
         Catalogue,
+        Comparison,
         Examination,
         Finding,
         Inspection,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         Result,
         Validation,
         batch,
+        compare,
         convert,
         convert_together,
         dequantize,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchResult",
     "Catalogue",
+    "Comparison",
     "Examination",
     "Finding",
     "Inspection",
@@ -64,6 +67,7 @@ __all__ = [
     "Validation",
     "__version__",
     "batch",
+    "compare",
     "convert",
     "convert_together",
     "dequantize",

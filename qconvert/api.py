@@ -26,6 +26,7 @@ from qconvert.card import Finding
 from qconvert.cards import lint_card, model_card
 from qconvert.catalogue import Catalogue, Loader
 from qconvert.catalogue import catalogue as formats
+from qconvert.comparing.result import BOUND, Comparison
 from qconvert.conversion import Outcome
 from qconvert.decoding import open_source as open_checkpoint
 from qconvert.errors import UsageError
@@ -42,10 +43,11 @@ from qconvert.types import Plan, Progress, dtype_from_torch
 from qconvert.validation.folder import Validation, validate_folder
 
 __all__ = [
-    "BatchResult", "Catalogue", "Examination", "Finding", "Inspection", "Loader", "Outcome", "Plan",
-    "PushOptions", "Pushed", "Reproduction", "Request", "Result", "Validation", "batch", "convert",
-    "convert_together", "dequantize", "doctor", "formats", "inspect", "lint_card", "model_card",
-    "open_checkpoint", "plan", "push", "reproduce", "transcode", "validate",
+    "BatchResult", "Catalogue", "Comparison", "Examination", "Finding", "Inspection", "Loader",
+    "Outcome", "Plan", "PushOptions", "Pushed", "Reproduction", "Request", "Result", "Validation",
+    "batch", "compare", "convert", "convert_together", "dequantize", "doctor", "formats", "inspect",
+    "lint_card", "model_card", "open_checkpoint", "plan", "push", "reproduce", "transcode",
+    "validate",
 ]  # fmt: skip
 
 
@@ -290,6 +292,46 @@ def validate(
         path, against=against, revision=revision, levels=levels, loaders=loaders, device=device,
         progress=progress,
     )  # fmt: skip
+
+
+def compare(
+    *targets: str | Path,
+    to: str | Sequence[str] = (),
+    against: str | Path | None = None,
+    revision: str | None = None,
+    output: str | Path | None = None,
+    text: str | Path | None = None,
+    tokens: int | None = None,
+    bound: float = BOUND,
+    report: str | Path | None = None,
+    plots: str | Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Formats of one source side by side: two or more quantized folders, or one model to convert.
+
+    `to` is "int8,nf4,hqq:4" or a list of such; see `comparing.run.compare`, which also says what is
+    raised. Nothing is written unless `output` (what was converted) or `report` (the page, with its
+    pictures in `plots` or beside it) is named.
+    """
+    from qconvert.comparing import run
+
+    return run.compare(
+        targets,
+        to=tuple(word.strip() for word in to.split(",")) if isinstance(to, str) else to,
+        against=against,
+        revision=revision,
+        output=None if output is None else Path(output),
+        text=None if text is None else Path(text),
+        tokens=tokens,
+        bound=bound,
+        report=None if report is None else Path(report),
+        plots=None if plots is None else Path(plots),
+        device=device,
+        threads=threads,
+        progress=progress,
+    )
 
 
 def _calibration(

@@ -19,7 +19,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qconvert import leftovers
 from qconvert.errors import NonFinite
@@ -31,7 +31,7 @@ from qconvert.shared import Shared
 from qconvert.solution import Solution
 from qconvert.source import Closeable, SourceReader
 from qconvert.staging import Staging, output_errors
-from qconvert.types import TORCH_NAMES, Plan, PlanEntry, Progress, Tile
+from qconvert.types import JSON, TORCH_NAMES, Plan, PlanEntry, Progress, Tile
 
 __all__ = ["Order", "Poured", "Prove", "pour", "pour_together", "unquantizable"]
 
@@ -42,6 +42,9 @@ class Poured:
 
     sealed: dict[str, Sealed]
     resumed_bytes: int = 0
+    company: JSON = field(default_factory=dict)
+    """Of several plans poured together: how many (`together`), and this one's `share` of the time
+    that the workers took."""
 
 
 def pour(
@@ -143,7 +146,8 @@ class _Run:
             pool.shutdown()
             for pouring in self.pourings:
                 pouring.outputs.close()
-        return [_outcome(pouring) for pouring in self.pourings]
+        busy = [pouring.busy for pouring in self.pourings]
+        return [_outcome(pouring, busy) for pouring in self.pourings]
 
     def _worker(self, work: Iterator[tuple[Job, Tile]]) -> None:
         try:
@@ -165,11 +169,16 @@ class _Run:
             self._progress(done, sum(pouring.total for pouring in self.pourings), what)
 
 
-def _outcome(pouring: Pouring) -> Poured | NonFinite:
+def _outcome(pouring: Pouring, busy: Sequence[float]) -> Poured | NonFinite:
+    """What came of one plan; `busy` are the workers' seconds of all."""
     if pouring.failed:
         hint = "" if any(pouring.plan.quantized()) else "--dtype float32"
         return unquantizable([(job.entry, job.non_finite) for job in pouring.failed], hint)
-    return Poured(pouring.outputs.sealed, pouring.resumed_bytes)
+    company: JSON = {}
+    seconds = sum(busy, start=0.0)
+    if len(busy) > 1 and seconds:
+        company = {"together": len(busy), "share": round(pouring.busy / seconds, 4)}
+    return Poured(pouring.outputs.sealed, pouring.resumed_bytes, company)
 
 
 def unquantizable(found: Sequence[tuple[PlanEntry, object]], hint: str = "") -> NonFinite:

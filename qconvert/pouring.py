@@ -8,6 +8,7 @@ that is wanted, and journals it.
 from __future__ import annotations
 
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -95,6 +96,8 @@ class Pouring:
         self.total = sum(entry.tensor.nbytes for entry in entries)
         self.failed: list[Job] = []
         self.resumed_bytes = 0
+        self.busy = 0.0
+        """Seconds that workers have spent on its tiles, added up."""
 
     def work(self) -> Iterator[tuple[Job, Tile]]:
         """Every tile that is still to be poured, in file order. Drawn by one worker at a time."""
@@ -131,11 +134,13 @@ class Pouring:
         checksum = 0
         kept: Parts = {}
         non_finite = None
+        began = time.monotonic()
         try:
             checksum, kept = self._write_tile(job, tile, job.origin.tile(entry, tile))
         except NonFinite as error:
             non_finite = error
         with self.lock:
+            self.busy += time.monotonic() - began
             job.checksum += checksum
             job.non_finite = job.non_finite or non_finite
             if kept:

@@ -16,7 +16,7 @@ from qconvert.calibration import plot
 from qconvert.leftovers import Sealed
 from qconvert.naming import CARD_NAME
 from qconvert.request import Request, command
-from qconvert.types import Plan, Report, Verdict
+from qconvert.types import JSON, Plan, Report, Verdict
 
 if TYPE_CHECKING:
     from qconvert.calibration.solve import Calibrated
@@ -40,10 +40,11 @@ def seal(
     verdict: Verdict | None,
     reports: tuple[Report, ...],
     solved: Calibrated | None,
-    seconds: Mapping[str, float],
+    run: JSON,
     repo_id: str | None,
 ) -> Files:
-    """Writes plot, card, run log and manifest into the tree; `repo_id` is where they will be.
+    """Writes plot, card, run log and manifest into the tree; `repo_id` is where they will be,
+    `run` what the run log says of this run: wall times, and in which company it was made.
 
     Raises OutputError.
     """
@@ -69,7 +70,7 @@ def seal(
         document["files"] = {**hashes, **manifest.hash_files(tree, small[:-1])}
         staging.write_file(tree / CARD_NAME, card.render(document))
         document["files"] |= manifest.hash_files(tree, small[-1:])
-        run = {"seconds": dict(seconds), "source": str(planned.checkpoint.root)}
+        run = {**run, "source": str(planned.checkpoint.root)}
         if solved:
             run["calibration_seconds"] = solved.seconds
         staging.write_file(tree / manifest.RUN_LOG_NAME, manifest.dump(run))

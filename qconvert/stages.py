@@ -349,7 +349,7 @@ def finish(work: Work, progress: Progress | None, process: ReloadProcess | None 
     repo_id = work.target.repo_id if work.target else None
     files = sealing.seal(
         work.request, work.planned, staged.tree, work.poured.sealed, verdict, reports,
-        work.solved, clock.laps, repo_id,
+        work.solved, {"seconds": clock.laps, **work.poured.company}, repo_id,
     )  # fmt: skip
     done: Pushed | None = None
     if work.sink is not None:

@@ -114,7 +114,7 @@ FUNCTIONS = {
     "bnb": "convert", "plan": "plan", "convert": "convert_together", "dequantize": "dequantize",
     "transcode": "transcode", "inspect": "inspect", "validate": "validate", "verify": "validate",
     "reproduce": "reproduce", "formats": "formats", "doctor": "doctor", "card": "model_card",
-    "push": "push", "batch": "batch",
+    "push": "push", "batch": "batch", "compare": "compare",
 }  # fmt: skip
 """Verb → function; a method's verb is `convert` with its name."""
 ELSEWHERE = {
@@ -158,7 +158,7 @@ def test_every_verb_and_option_is_in_the_api() -> None:
 
 
 def test_what_takes_long_tells_how_far_it_is() -> None:
-    for name in ("convert", "convert_together", "validate", "reproduce", "push"):
+    for name in ("convert", "convert_together", "validate", "reproduce", "push", "compare"):
         assert "progress" in inspect.signature(getattr(qconvert, name)).parameters
 
 

@@ -21,6 +21,7 @@ from qconvert import errors, registry
 from qconvert.cli import (
     batch_verb,
     card_verb,
+    compare_verb,
     convert_verbs,
     hints,
     hub_verbs,
@@ -48,6 +49,7 @@ transcode_verbs.register(app)
 together_verb.register(app)
 batch_verb.register(app)
 read_verbs.register(app)
+compare_verb.register(app)
 card_verb.register(app)
 hub_verbs.register(app)
 

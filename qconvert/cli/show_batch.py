@@ -160,6 +160,8 @@ def _summary(batch: Batch) -> str:
         words += [f"{human_bytes(download)} to download"] if download else []
         most = max(task.peak_bytes for task in tasks)
         words.append(f"{batch.at_once} at once, memory ≤ {human_bytes(batch.at_once * most)}")
+        parts = [task.parts for task in tasks if task.parts > 1]
+        words += [f"{len(parts)} in up to {max(parts)} parts"] if parts else []
         disk = schedule.peak_disk(batch.entries, tasks)
         of = f" of {human_bytes(batch.limits.disk)}" if batch.limits.disk is not None else ""
         words.append(f"disk {human_bytes(disk)}{of}")

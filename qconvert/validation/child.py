@@ -12,9 +12,6 @@ libraries are imported and the source is measured once.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,30 +24,15 @@ STEPS = ("libraries", "headers", "own dequantization", "stock loader", "source m
 
 
 def main() -> None:
-    lines = iter(sys.stdin.buffer.readline, b"")
-    request: dict[str, Any] = json.loads(next(lines))
-    isolation.die_with_parent(request["parent"])
-    network = isolation.cut_network()
-    if request["device"] == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bitsandbytes prefers a GPU that it can see
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def say(message: dict[str, Any]) -> None:
-        print(json.dumps(message), file=channel, flush=True)
-
+    requests, network, say = isolation.enter()
     _tell(say, "libraries")
     from qconvert.validation.steps import Said
 
     kept: dict[object, Said] = {}
-    while True:
+    for request in requests:
         found = _reload(request, say, kept)
         found["data"]["child"] = {"network": network}
         say({"result": found})
-        line = next(lines, None)
-        if line is None:
-            return
-        request = json.loads(line)
 
 
 def _tell(say: Callable[[dict[str, Any]], None], what: str) -> None:

@@ -12,11 +12,14 @@ report says which of the two it was.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import site
 import socket
 import sys
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,27 @@ def environment(home: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "PYTHONUSERBASE": site.getuserbase(),
     }
+
+
+def enter() -> tuple[Iterator[dict[str, Any]], str, Callable[[dict[str, Any]], None]]:
+    """The first thing a child does: reads its first request, and gives up what it may not have.
+
+    Returns all requests as they come, by which means the network is cut, and what says something to
+    the parent: whatever libraries print goes to stderr from now on.
+    """
+    lines = iter(sys.stdin.buffer.readline, b"")
+    first: dict[str, Any] = json.loads(next(lines))
+    die_with_parent(first["parent"])
+    network = cut_network()
+    if first["device"] == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bitsandbytes prefers a GPU that it can see
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=channel, flush=True)
+
+    return chain([first], map(json.loads, lines)), network, say
 
 
 def cut_network() -> str:

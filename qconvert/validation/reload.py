@@ -14,17 +14,10 @@ be fetched lies in a temporary one before it starts.
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
 
 from qconvert import contract
 from qconvert.stored import Stored
@@ -32,6 +25,7 @@ from qconvert.text import human_bytes
 from qconvert.types import JSON, Check, Checkpoint, Progress, Report
 from qconvert.validation import isolation, truncate
 from qconvert.validation.environments import Environment, version_here
+from qconvert.validation.process import ChildProcess, alone
 from qconvert.validation.reports import RELOAD
 
 HELD_OUT = Path(__file__).parent.parent / "demo" / "heldout.txt"
@@ -40,10 +34,6 @@ TIMEOUT = 1800.0
 """Seconds; a model that is reloaded whole takes seconds to minutes."""
 WHOLE_BYTES = 2_000_000_000
 """Of weights on the Hub, source and result together: what is fetched whole to be reloaded."""
-
-_STDERR_LINES = 12
-_PATIENCE = 5.0
-"""Seconds in which a child that closed its pipes has to be dead."""
 
 
 def check_reload(
@@ -79,13 +69,12 @@ def check_reload(
     format_ = contract.load(stored.container.name)
     if refusal := format_.no_reload or ("" if environment else _absent(format_.libraries)):
         return Report(RELOAD, [], skipped=refusal)
-    device, variables = _alone(device)
+    device, variables = alone(device)
     request: JSON = {
         "device": device,
         "text": str(text or HELD_OUT),
         "seed": seed,
         "max_tokens": max_tokens,
-        "parent": os.getpid(),
         "environment": environment and environment.to_json(),
     }
     if stored.container.name == "aqlm":
@@ -120,16 +109,6 @@ def _absent(libraries: Sequence[str]) -> str:
     )
 
 
-def _alone(device: str) -> tuple[str, dict[str, str]]:
-    """The device as the child calls it, and the variables by which it sees no other GPU."""
-    kind, _, index = device.partition(":")
-    if not index:
-        return device, {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    name = visible.split(",")[int(index)] if visible else index
-    return kind, {"CUDA_VISIBLE_DEVICES": name}
-
-
 def _extent(stored: Stored, source: Checkpoint | None) -> tuple[int | None, str]:
     """How many blocks are loaded, None for all of them, and why it is not all."""
     afar = [c for c in (stored.checkpoint, source) if c is not None and c.remote]
@@ -151,32 +130,22 @@ def _place(
     return str(truncate.cut(given, target, blocks, progress))
 
 
-class ReloadProcess:
-    """The child; it is started when it is first needed, and again when it has died.
+class ReloadProcess(ChildProcess):
+    """The child that reloads.
 
     For as long as it lives it keeps what the last source said, and its folder that part of it which
     was loaded.
     """
 
     def __init__(self) -> None:
-        self._stack = ExitStack()
-        self._scratch: Path | None = None
+        super().__init__("qconvert.validation.child", RELOAD)
         self._placed: dict[tuple[Path, int | None], str] = {}
-        self._child: subprocess.Popen[bytes] | None = None
-        self._variables: Mapping[str, str] = {}
-
-    def __enter__(self) -> ReloadProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-        self._stack.close()
 
     def place(self, source: Checkpoint, blocks: int | None, progress: Progress | None) -> str:
         """A folder with the source, or its first blocks. Raises ValueError as `truncate.cut`."""
         key = (source.root, blocks)
         if key not in self._placed:
-            target = self._folder() / f"source-{len(self._placed)}"
+            target = self.folder() / f"source-{len(self._placed)}"
             self._placed[key] = _place(source, target, blocks, progress)
         return self._placed[key]
 
@@ -188,100 +157,8 @@ class ReloadProcess:
         progress: Progress | None,
     ) -> Report:
         """What the child finds out about one folder, or how it died of that."""
-        reused = self._child is not None
-        child = self._started(variables)
-        stderr = self._folder() / "stderr"
-        said_before = stderr.stat().st_size
-        overdue = threading.Event()
-
-        def give_up() -> None:
-            overdue.set()
-            child.kill()
-
-        timer = threading.Timer(timeout, give_up)
-        try:
-            timer.start()
-            assert child.stdin is not None
-            assert child.stdout is not None
-            with suppress(BrokenPipeError):  # it is dead already; its exit code says how
-                child.stdin.write(json.dumps(request).encode() + b"\n")
-                child.stdin.flush()
-            result = _listen(child.stdout, progress)
-        except BaseException:  # of a signal handler
-            self._stop()
-            raise
-        finally:
-            timer.cancel()
-        if result is not None:
-            checks = [Check(**check) for check in result["checks"]]
-            return Report(RELOAD, checks, result["data"], result["skipped"])
-        code = self._stop(died=True)
-        if reused and not overdue.is_set():  # it may be another folder's doing
-            return self.reload(request, variables, timeout, progress)
-        why = f"no answer after {timeout:.0f} s" if overdue.is_set() else _cause(code)
-        tail = _tail(stderr, said_before)
-        return Report(RELOAD, [Check("the reload process ends well", False, why + tail)])
-
-    def _folder(self) -> Path:
-        if self._scratch is None:
-            made = tempfile.TemporaryDirectory(prefix="qconvert-reload-")
-            self._scratch = Path(self._stack.enter_context(made))
-        return self._scratch
-
-    def _started(self, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        if self._child is not None and self._variables == variables:
-            return self._child
-        self._stop()
-        home = self._folder() / "home"
-        home.mkdir(exist_ok=True)
-        with (self._folder() / "stderr").open("ab") as stderr:
-            self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "qconvert.validation.child"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env={**isolation.environment(home), **variables},
-            )
-        self._variables = variables
-        return self._child
-
-    def _stop(self, *, died: bool = False) -> int:
-        """Ends the child, which has nothing to lose; returns how it ended."""
-        child, self._child = self._child, None
-        if child is None:
-            return 0
-        if died:
-            with suppress(subprocess.TimeoutExpired):  # its pipe closes before it is dead
-                child.wait(_PATIENCE)
-        child.kill()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
-        return child.wait()
-
-
-def _listen(stream: IO[bytes], progress: Progress | None) -> JSON | None:
-    """Passes on the child's progress lines; returns its result, None if it dies before."""
-    for line in stream:
-        with suppress(ValueError):  # torn, by its death
-            message: Any = json.loads(line)
-            if "result" in message:
-                found: JSON = message["result"]
-                return found
-            if progress is not None:
-                progress(message["step"], message["steps"], f"reload: {message['what']}")
-    return None
-
-
-def _cause(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "killed: out of memory?"
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _tail(stderr: Path, start: int) -> str:
-    """The last lines that were written behind `start`."""
-    lines = stderr.read_bytes()[start:].decode("utf-8", "replace").splitlines()
-    kept = [line for line in lines if line.strip()][-_STDERR_LINES:]
-    return "".join(f"\n  {line}" for line in kept)
+        ended = self.ask(request, variables, timeout, progress)
+        if ended.result is None:
+            return Report(RELOAD, [Check("the reload process ends well", False, ended.why)])
+        checks = [Check(**check) for check in ended.result["checks"]]
+        return Report(RELOAD, checks, ended.result["data"], ended.result["skipped"])

@@ -157,8 +157,10 @@ def test_all_nodes_pour_a_large_conversion_and_a_killed_worker_is_no_loss(
             resume(pid)
         if again and used == set(nodes.raylets):
             break
-    code, _, err = end(process)
+    code, out, err = end(process)
     assert code == 101, err
+    assert "3 at once" in out
+    assert f"1 in up to {SHARDS} parts" in out
     assert "./nowhere nf4: no such folder" in err
     assert_as_alone(folder, sources)
 

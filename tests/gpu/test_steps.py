@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qconvert.validation import reload
+from qconvert.validation import process
 from tests.gpu import steps
 
 
@@ -41,7 +41,7 @@ def test_the_reload_child_sees_the_gpu_that_was_meant(
     device: str, visible: str, expected: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert reload._alone(device) == expected
+    assert process.alone(device) == expected
 
 
 def test_without_a_gpu_nothing_is_claimed() -> None:
