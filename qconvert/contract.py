@@ -181,7 +181,8 @@ class Contract:
     @property
     def libraries(self) -> Sequence[str]:
         """The packages, as pip names them, with which transformers reads it."""
-        found: Sequence[str] = self.data.get("libraries", [self.name] if self.variants else [])
+        ours = self.added is None and self.variants
+        found: Sequence[str] = self.data.get("libraries", [self.name] if ours else [])
         return found
 
     @property

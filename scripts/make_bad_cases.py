@@ -360,7 +360,7 @@ def value_cases() -> Iterator[Case]:
         "16-fp8-weight", 16, "a linear layer in FP8, without its scales", "UsageError", 2,
         [Q, "F8_E4M3"], {one: retyped(Q, "F8_E4M3")}, HQQ, "plan",
     )  # fmt: skip
-    for method, verb in {"gptq": HQQ, "bitsandbytes": ("int8",)}.items():
+    for method, verb in {"torchao": HQQ, "bitsandbytes": ("int8",)}.items():
         quantized = CONFIG | {"quantization_config": {"quant_method": method, "bits": 4}}
         yield Case(
             f"16-already-{method}", 16, f"a model quantized with {method}", "UsageError", 2,
@@ -678,7 +678,7 @@ def packed_cases() -> Iterator[Case]:
     for name, mention, verb in (
         ("group-of-16", "32, 64, 128, -1, got 16", (*PACKED_HQQ, "--group-size", "16")),
         ("three-bits", "8, 4, got 3", ("hqq", "--bits", "3", *PACKED)),
-        ("axis-0", "axis 1, got axis 0", (*PACKED_HQQ, "--axis", "0")),
+        ("axis-0", "axis of hqq where zeros are codes: expected 1", (*PACKED_HQQ, "--axis", "0")),
         ("real-zeros", "integer, middle, got real", (*PACKED_HQQ, "--zero", "real")),
         ("two-schemes", "one scheme for the whole model",
          (*PACKED_HQQ, "--override", "q_proj=bits:8")),

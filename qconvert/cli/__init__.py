@@ -78,7 +78,7 @@ def _global(
 def main() -> None:
     """The `qconvert` command. Exits with the code of the error tree, 70 on a bug of ours."""
     _open_streams()
-    _catch_signals()
+    seen = _catch_signals()
     _say_what_is_left_out()
     try:
         code = app(prog_name="qconvert", standalone_mode=False)
@@ -111,6 +111,8 @@ def main() -> None:
             f"hint: please report it with the output of\n\n  QCONVERT_DEBUG=1 {hints.again()}"
         )
         sys.exit(70)
+    if seen:  # a library has swallowed the exception
+        _stop(128 + seen[0])
     sys.exit(code or 0)
 
 
@@ -130,11 +132,11 @@ def _say_what_is_left_out() -> None:
         _say(f"warning: {one} is left out: {one.problem}")
 
 
-def _catch_signals() -> None:
+def _catch_signals() -> list[int]:
     """The first signal stops the conversion in order, a second one at once.
 
     Libraries swallow exceptions here and there (`except Exception` around an import), and a tile
-    may take long: an alarm makes sure of the end.
+    may take long: an alarm makes sure of the end. Returns where the first one is put.
     """
     seen: list[int] = []
 
@@ -149,6 +151,7 @@ def _catch_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and jobs in the background
             signal.signal(number, handler)
+    return seen
 
 
 def _stop(code: int) -> NoReturn:

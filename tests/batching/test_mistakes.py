@@ -127,7 +127,7 @@ settings: {jobs: 0, retry: 3}
         ("model: demo, method: hqq:4, override: [5]", "override: expected text, got 5"),
         ("model: demo, method: hqq:4, container: gguf", "container of hqq: expected hqq or"),
         ("model: demo, method: nf4, container: hqq", "nf4 has no option 'container'"),
-        ("model: demo, method: hqq:4, axis: 0, container: compressed-tensors", "axis 1, got"),
+        ("model: demo, method: hqq:4, axis: 0, container: compressed-tensors", "expected 1, got 0"),
         ("model: demo, method: hqq:4, zero: middle", "no option zero in the container hqq"),
         ("model: demo, method: int8, skip: '('", "not a regular expression"),
         ("model: demo, method: int8, skip: 'a{99999999999}'", "not a regular expression"),

@@ -339,7 +339,7 @@ def test_options_that_the_container_has_not(llama: Path) -> None:
     for options, words in (
         ({"bits": 3}, "one of 8, 4, got 3"),
         ({"group_size": 16}, "got 16"),
-        ({"axis": 0}, "axis 1, got axis 0"),
+        ({"axis": 0}, "axis of hqq where zeros are codes: expected 1, got 0"),
         ({"zero": "real"}, "got real"),
     ):
         with pytest.raises(UsageError, match=words):

@@ -112,7 +112,7 @@ def test_it_is_proved_against_what_its_loader_makes_of_it(fp8: Path, tmp_path: P
     assert data["kl_divergence"] < 1e-3  # against raw codes it is 0.02 and more
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "torchao", "quanto", "\x1b[31m", None])
+@pytest.mark.parametrize("method", ["torchao", "quanto", "\x1b[31m", None])
 def test_what_is_not_decoded_is_refused_by_name(tmp_path: Path, method: str | None) -> None:
     folder = tiny("llama", tmp_path)
     with_quantization(folder, {"quant_method": method, "bits": 4})

@@ -143,7 +143,7 @@ def test_options() -> None:
     for wrong in ({"bits": 3}, {"group_size": 16}, {"zero": "real"}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             with_integer_zeros(**{"bits": 4, **wrong})
-    with pytest.raises(UsageError, match="axis 1"):
+    with pytest.raises(UsageError, match="expected 1, got 0"):
         with_integer_zeros(4, axis=0)
     with pytest.raises(UsageError, match="at least 8, got -1"):
         HQQ(4, -1)

@@ -89,7 +89,7 @@ def test_it_is_kept_and_remade_when_it_is_broken(
 ) -> None:
     spec = parse(f"{LOADER},qconvert")
     made = make(spec, "hqq")
-    before = made.python.parent.stat().st_ino
+    before = made.python.parent.stat().st_ctime_ns
     with monkeypatch.context() as without:
         without.setenv("PIP_FIND_LINKS", "/nowhere")
         assert make(spec, "hqq") == made
@@ -97,7 +97,7 @@ def test_it_is_kept_and_remade_when_it_is_broken(
     shutil.rmtree(package)
     again = make(spec, "hqq")
     assert again == made
-    assert again.python.parent.stat().st_ino != before
+    assert again.python.parent.stat().st_ctime_ns != before
     assert {it.name for it in root.iterdir()} == {
         ".lock", made.python.parents[1].name, f"{made.python.parents[1].name}.links"
     }  # fmt: skip
