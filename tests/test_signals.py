@@ -59,10 +59,11 @@ def convert(model: Path, output: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
+def start(command: list[str], cwd: Path | None = None) -> subprocess.Popen[str]:
     """The command as from a terminal, also where the tests run under nohup or in the background."""
     return subprocess.Popen(
         command,
+        cwd=cwd,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -21,6 +21,7 @@ from qconvert.batching.schedule import Task
 from qconvert.batching.wire import Done, Failed
 from tests.fault.test_kill import digest
 from tests.models import tiny
+from tests.test_signals import start
 from tests.validation.test_reload import LINUX, children
 
 FILE = """
@@ -166,7 +167,7 @@ def test_nothing_outlives_a_batch_that_is_stopped_and_the_rerun_ends_it(
     folder: Path, number: signal.Signals
 ) -> None:
     words = [sys.executable, "-m", "qconvert", "batch", "jobs.yaml"]
-    process = subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, text=True)
+    process = start(words, folder)
     child = next(children(process.pid, "qconvert.batching.child"))
     process.send_signal(number)
     _, err = process.communicate(timeout=30)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from qconvert.types import Report, Verdict
 from qconvert.validation import loaders, require, truncate, validate_folder
 from qconvert.validation.reload import check_reload
 from tests.models import tiny
+from tests.test_signals import start
 from tests.validation import faults
 from tests.validation.faults import LAYER, failed
 
@@ -265,10 +265,10 @@ def test_the_child_does_not_outlive_its_parent(by: signal.Signals, results: Fold
         "from tests.validation.test_reload import reload\nfrom pathlib import Path\n"
         f"reload(Path({str(results('nf4'))!r}), device='cpu')"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    parent = start([sys.executable, "-c", code])
     child = next(children(parent.pid, "qconvert.validation.child"))
     parent.send_signal(by)
-    parent.wait(timeout=60)
+    parent.communicate(timeout=60)
     deadline = time.monotonic() + 20
     while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
