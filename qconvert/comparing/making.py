@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qconvert import manifest, registry
-from qconvert.batching.short import label, method_of
-from qconvert.conversion import Outcome, convert, convert_together, plan
-from qconvert.errors import Interrupted, QConvertError, UsageError
-from qconvert.request import Request, default_name
+from qconvert import registry
+from qconvert.conversion import Outcome, convert, convert_together
+from qconvert.errors import Interrupted, QConvertError
+from qconvert.request import Request
+from qconvert.stages import finished
+from qconvert.together import methods_of, placed
 from qconvert.types import Checkpoint, Plan, Progress
 
 DEFAULT = ("int8", "nf4", "hqq:4", "hqq:3", "hqq:2")
@@ -49,55 +50,47 @@ def make(
     Returns the source and what came of each format; raises the first error if nothing came of any,
     and what `conversion.plan` raises for requests that make no sense.
     """
-    asked = [method_of(text) for text in to]
-    names = [label("", verb, options).strip() for verb, options in asked]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"--to names {min(twice)} twice")
-    requests: list[Request] = []
-    plans: list[Plan] = []
-    for verb, options in asked:
-        request = Request(
-            model, verb, options, revision=revision, device=device, threads=threads, validate=keep
-        )
-        plans.append(plan(request, plans[0].checkpoint if plans else None))
-        requests.append(request)
+    asked = methods_of(to)
+    requests, plans = placed(
+        [
+            Request(
+                model, verb, options, revision=revision, device=device, threads=threads,
+                validate=keep,
+            )
+            for verb, options in asked.values()
+        ],
+        folder,
+    )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    targets = [folder / default_name(r, p) for r, p in zip(requests, plans, strict=True)]
-    wanted = [
-        replace(request, output=target)
-        for request, planned, target in zip(requests, plans, targets, strict=True)
-        if not _there(target, planned)
-    ]
-    together = [request for request in wanted if not registry.info(request.method).calibrated]
-    outcomes: dict[Path | None, Outcome] = {}
-    if together:
-        found = convert_together(together, progress=progress, on_plan=on_plan)
-        outcomes |= {r.output: outcome for r, outcome in zip(together, found, strict=True)}
-    for request in wanted:
-        if request.output not in outcomes:
-            outcomes[request.output] = _alone(request, progress, on_plan)
-    errors = {
-        target: outcome
-        for target in targets
-        if isinstance(outcome := outcomes.get(target), QConvertError)
+    wanted = {
+        name: request
+        for name, request, planned in zip(asked, requests, plans, strict=True)
+        if finished(replace(request, validate=False), planned) is None
     }
-    if len(errors) == len(targets):
-        raise errors[targets[0]]
+    together = {
+        name: request
+        for name, request in wanted.items()
+        if not registry.info(request.method).calibrated
+    }
+    outcomes: dict[str, Outcome] = {}
+    if together:
+        found = convert_together(list(together.values()), progress=progress, on_plan=on_plan)
+        outcomes |= dict(zip(together, found, strict=True))
+    for name, request in wanted.items():
+        if name not in outcomes:
+            outcomes[name] = _alone(request, progress, on_plan)
+    errors = {
+        name: outcome for name, outcome in outcomes.items() if isinstance(outcome, QConvertError)
+    }
+    if len(errors) == len(asked):
+        raise errors[next(iter(asked))]
     made = []
-    for name, target in zip(names, targets, strict=True):
-        error = errors.get(target)
+    for name, request in zip(asked, requests, strict=True):
+        assert request.output is not None  # it is placed
+        error = errors.get(name)
         code = error.exit_code if error else 0
-        made.append(Made(name, target, str(error or ""), code))
+        made.append(Made(name, request.output, str(error or ""), code))
     return plans[0].checkpoint, made
-
-
-def _there(target: Path, planned: Plan) -> bool:
-    """Whether the folder is what this plan makes, from the same bytes."""
-    try:
-        found = manifest.read(target)
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and found.get("fingerprint") == planned.fingerprint
 
 
 def _alone(
