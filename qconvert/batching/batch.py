@@ -13,7 +13,7 @@ from pathlib import Path
 from qconvert.batching import run, schedule, short, spec
 from qconvert.batching.jobs import Job
 from qconvert.batching.local import LocalProcesses, visible_gpus
-from qconvert.batching.run import Executor, Limits, State, Watch
+from qconvert.batching.run import Executor, Limits, Watch
 from qconvert.batching.schedule import Entry, OnPlanned, Source, Task
 from qconvert.batching.spec import BatchFile, Settings
 from qconvert.batching.wire import Failed, Outcome
@@ -71,14 +71,11 @@ class Batch:
         evict = _evict if self.limits.disk is not None else None
         claim = _claim if self.limits.disk is not None else None
         state = run.run(self.entries, self.executor, self.limits, watch, evict=evict, claim=claim)
-        return self.result(state, time.monotonic() - began)
-
-    def result(self, state: State, seconds: float) -> BatchResult:
         jobs = (
             JobResult(entry.job.label, entry.request, state.outcomes[number])
             for number, entry in enumerate(self.entries)
         )
-        return BatchResult(tuple(jobs), seconds, state.evicted_bytes)
+        return BatchResult(tuple(jobs), time.monotonic() - began, state.evicted_bytes)
 
 
 def prepare(

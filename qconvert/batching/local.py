@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from qconvert import devices
 from qconvert.batching.process import Child
@@ -43,8 +43,7 @@ class LocalProcesses:
 
     def start(self, task: Task, requests: Sequence[Request]) -> None:
         """Runs a task."""
-        told = [replace(it, threads=it.threads or self.threads, skip_done=True) for it in requests]
-        child = self._running[task] = Child(told, environment=self._environment(task, requests))
+        child = self._running[task] = Child(requests, environment=self._environment(task, requests))
         threading.Thread(target=self._listen, args=(task, child), daemon=True).start()
 
     def forget(self, task: Task) -> None:

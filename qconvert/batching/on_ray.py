@@ -31,7 +31,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class RayTasks:
         try:
             order, options = (
                 self._order(requests),
-                _resources(self._nodes, task, requests[0], self.threads),
+                _resources(self._nodes, task, requests[0]),
             )
             if task.parts > 1:
                 self._pour_parts(task, order, options)
@@ -163,13 +163,11 @@ class RayTasks:
         return "its worker said nothing of it"
 
     def _order(self, requests: Sequence[Request]) -> JSON:
-        threads = self.threads
-        told = [replace(it, threads=it.threads or threads, skip_done=True) for it in requests]
         return {
             "version": __version__,
             "folder": os.getcwd(),
             "marks": [self._mark(it.output.parent) for it in requests if it.output is not None],
-            "requests": [wire.request_json(it) for it in told],
+            "requests": [wire.request_json(it) for it in requests],
             "part": None,
         }
 
@@ -257,13 +255,11 @@ def _room(nodes: Sequence[_Node], at_once: int | None) -> tuple[int, int]:
     return sum(node.cpus // cpus for node in nodes) or 1, cpus
 
 
-def _resources(
-    nodes: Sequence[_Node], task: Task, request: Request, threads: int
-) -> dict[str, Any]:
+def _resources(nodes: Sequence[_Node], task: Task, request: Request) -> dict[str, Any]:
     """What Ray is to keep free for a task; no more than one machine of the cluster has."""
     gpus = int(request.device != "cpu" and any(it.gpus for it in nodes))
     able = [it for it in nodes if it.gpus >= gpus]
-    cpus = min(request.threads or threads, max(it.cpus for it in able))
+    cpus = min(request.threads or 1, max(it.cpus for it in able))
     memory = max(it.memory for it in able if it.cpus >= cpus)
     return {
         "num_cpus": cpus,

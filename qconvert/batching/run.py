@@ -50,7 +50,9 @@ class Executor(Protocol):
         """For all tasks together; None where this is not what decides."""
         ...
 
-    def start(self, task: Task, requests: Sequence[Request]) -> None: ...
+    def start(self, task: Task, requests: Sequence[Request]) -> None:
+        """Begins a task whose `requests` say how many threads they take."""
+        ...
 
     def forget(self, task: Task) -> None:
         """Called when a task has ended."""
@@ -84,6 +86,11 @@ class State:
     running: list[Running] = field(default_factory=list)
     waiting: deque[Task] = field(default_factory=deque)
     evicted_bytes: int = 0
+
+    @property
+    def unfinished(self) -> list[Task]:
+        """At work or waiting."""
+        return [*(it.task for it in self.running), *self.waiting]
 
     @property
     def failed(self) -> int:
@@ -167,7 +174,6 @@ class _Batch:
         self._claim = claim
         self._here: set[Source] = set()
         """Sources that were fetched and lie in the cache."""
-        self._attempts: dict[int, int] = {}
         self.state = State(entries, dict(_known(entries)))
         tasks = schedule.tasks(entries, disk=limits.disk, spread=executor.spread)
         self.state.waiting.extend(tasks)
@@ -191,7 +197,8 @@ class _Batch:
             if missing > 0:
                 if not state.running:  # nothing will make room any more
                     state.waiting.remove(task)
-                    self._give_up(task, self._no_room(task, missing))
+                    for number in task.jobs:
+                        self._end(task, number, self._no_room(task, missing))
                 continue
             state.waiting.remove(task)
             self._begin(task)
@@ -201,7 +208,9 @@ class _Batch:
             self._claim(task.source)
         if task.source.download_bytes:
             self._here.add(task.source)
-        requests = [self.state.entries[number].request for number in task.jobs]
+        asked = (self.state.entries[number].request for number in task.jobs)
+        threads = self._executor.threads
+        requests = [replace(it, threads=it.threads or threads, skip_done=True) for it in asked]
         self.state.running.append(Running(task, time.monotonic()))
         self._executor.start(task, requests)
         self._watch.started(self.state, task)
@@ -267,37 +276,26 @@ class _Batch:
         state.running.remove(running)
         self._executor.forget(task)
         silent = Failed("died", why or "its process said nothing of it")
-        again = {job for it in state.waiting for job in it.jobs}
+        again = {job for it in state.unfinished for job in it.jobs}
         for number in task.jobs:
             if number not in state.outcomes and number not in again:
                 self._end(task, number, silent)
         self._let_go(task.source)
 
     def _end(self, task: Task, number: int, outcome: Outcome) -> None:
-        tries = self._attempts.get(number, 0)
-        if (
-            isinstance(outcome, Failed)
-            and outcome.kind in _PASSING
-            and tries < self._limits.retries
-        ):
-            self._attempts[number] = tries + 1
-            again = schedule.single(self.state.entries, number, tries + 1)
-            self.state.waiting.append(replace(again, parts=task.parts))
+        passing = isinstance(outcome, Failed) and outcome.kind in _PASSING
+        if passing and task.attempt < self._limits.retries:
+            assert isinstance(outcome, Failed)
+            self.state.waiting.append(schedule.again(self.state.entries, number, task))
             self._watch.retried(self.state, number, outcome)
             return
         self.state.outcomes[number] = outcome
         self._watch.ended(self.state, number, outcome)
 
-    def _give_up(self, task: Task, why: Failed) -> None:
-        for number in task.jobs:
-            self.state.outcomes[number] = why
-            self._watch.ended(self.state, number, why)
-
     def _let_go(self, source: Source) -> None:
         """Removes a source from the cache that no task needs any more."""
         state = self.state
-        needed = [*state.waiting, *(it.task for it in state.running)]
-        if source not in self._here or any(task.source == source for task in needed):
+        if source not in self._here or any(it.source == source for it in state.unfinished):
             return
         if self._evict is not None and source.is_ours:
             state.evicted_bytes += self._evict(source)

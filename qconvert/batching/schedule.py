@@ -83,8 +83,8 @@ class Task:
     source: Source
     result_bytes: int
     peak_bytes: int
-    calibrated: bool = False
     attempt: int = 0
+    """How often its job was tried before."""
     parts: int = 1
     """Processes that pour its shards, each some of them."""
 
@@ -107,7 +107,7 @@ def plan_jobs(
     """
     estimate = Estimate(threads)
     found: dict[int, Entry] = {}
-    for numbers in _by_source(range(len(jobs)), jobs):
+    for numbers in _by_source(jobs):
         checkpoint: Checkpoint | None = None
         for number in numbers:
             entry, checkpoint = _entry(jobs[number], checkpoint, estimate)
@@ -148,9 +148,9 @@ def peak_disk(entries: Sequence[Entry], order: Iterable[Task]) -> int:
     return most
 
 
-def single(entries: Sequence[Entry], number: int, attempt: int) -> Task:
-    """A job alone, to be tried again."""
-    return replace(_task(entries, [number]), attempt=attempt)
+def again(entries: Sequence[Entry], number: int, task: Task) -> Task:
+    """A job of a task alone, to be tried once more."""
+    return replace(_task(entries, [number]), attempt=task.attempt + 1, parts=task.parts)
 
 
 # ── planning ─────────────────────────────────────────────────────────────────────────────────
@@ -230,11 +230,10 @@ def _source_of(checkpoint: Checkpoint, *, streamed: bool) -> Source:
 # ── grouping ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _by_source(numbers: Iterable[int], jobs: Sequence[Job]) -> list[list[int]]:
+def _by_source(jobs: Sequence[Job]) -> list[list[int]]:
     groups: dict[tuple[str, str | None], list[int]] = {}
-    for number in numbers:
-        request = jobs[number].request
-        groups.setdefault((request.model, request.revision), []).append(number)
+    for number, job in enumerate(jobs):
+        groups.setdefault((job.request.model, job.request.revision), []).append(number)
     return list(groups.values())
 
 
@@ -249,7 +248,6 @@ def _task(entries: Sequence[Entry], numbers: Sequence[int]) -> Task:
         source,
         sum(entry.disk_bytes for entry in chosen),
         max(entry.peak_bytes for entry in chosen) + shared,
-        registry.info(chosen[0].request.method).calibrated,
     )
 
 

@@ -299,5 +299,5 @@ def test_what_ray_keeps_free_for_a_task(
 
     task = Task((0,), Source("a", 1), 1, peak)
     nodes = [_Node(8, 2, 100), _Node(16, 0, 200)]
-    found = _resources(nodes, task, qconvert.Request("a", "int8", **asked), 4)
+    found = _resources(nodes, task, qconvert.Request("a", "int8", **{"threads": 4, **asked}))
     assert (found["num_cpus"], found["num_gpus"], found["memory"]) == expected

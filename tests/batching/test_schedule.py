@@ -51,8 +51,6 @@ class Scripted:
     spread: int = 1
     threads: int = 1
     memory: int | None = None
-    hold: bool = False
-    """End tasks only when no further one is started."""
     events: queue.SimpleQueue[tuple[Task, JSON]] = field(default_factory=queue.SimpleQueue)
     order: list[tuple[int, ...]] = field(default_factory=list)
     running: list[Task] = field(default_factory=list)
@@ -188,6 +186,30 @@ def test_what_may_pass_is_tried_again(
     assert executor.order == order
     assert state.failed == failed
     assert len(state.outcomes) == 2
+
+
+def test_a_job_that_is_at_work_again_has_not_died_with_its_first_task() -> None:
+    entries = [entry(source("a", 1), 1), entry(source("a", 1), 1, method="nf4")]
+
+    class Late(Scripted):
+        """Its first task ends when the job that failed in it has begun again."""
+
+        def start(self, task: Task, requests: Sequence[Request]) -> None:
+            if len(task.jobs) == 2:
+                self.order.append(task.jobs)
+                self.running.append(task)
+                outcome = wire.outcome_json(Failed("Network", "reset"))
+                self.events.put((task, {"job": 0, "outcome": outcome}))
+                return
+            done = Done("x", None, None, 0, 0, 4.0)
+            self.events.put((self.running[0], {"job": 1, "outcome": wire.outcome_json(done)}))
+            self.events.put((self.running[0], {"end": ""}))
+            super().start(task, requests)
+
+    executor = Late(entries)
+    state = run(entries, executor, Limits(retries=1), Silent())
+    assert executor.order == [(0, 1), (0,)]
+    assert state.failed == 0
 
 
 def test_time_left_follows_what_jobs_took_in_truth() -> None:
